@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint format bench gpu clean
+
+help: ## list the commands
+	@awk -F ': .*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo ## set up, then check parity and train the captioning demo; ARGS="--backend torch"
+	$(PY) -m crossattn_kernels demo $(ARGS)
+
+test: $(VENV)/.test ## set up, then run the tests; ARGS="-k masks"
+	$(PY) -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.test ## ruff and mypy, as in CI
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy crossattn_kernels
+
+format: $(VENV)/.test ## let ruff rewrite the files
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+bench: $(VENV)/.bench ## time against PyTorch, in one run
+	$(PY) -m pytest bench/ -p benchmark $(ARGS)
+
+gpu: ## parity on an NVIDIA GPU with the system's python3: nothing is installed
+	PYTHONPATH=. $(PYTHON) tests/gpu.py $(ARGS)
+
+clean: ## remove the environment, caches and builds
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ensurepip writes pip last, so a venv that failed half-way is made again
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# one stamp per extra: .venv/.demo, .venv/.test, .venv/.bench
+$(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[triton,$*]'
+	@touch $@
