@@ -1,0 +1,151 @@
+"""The one door: `cross_attention`, and `explain`, which says what it would do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from crossattn_kernels import ops, reference
+from crossattn_kernels.masks import Mask
+from crossattn_kernels.problem import Inputs, Options, Problem, canonical, one_of
+
+BACKENDS = ("triton", "torch", "reference")
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: float | Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    empty_rows: str = "zero",
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """tanh(gate) * softmax(softcap(scale * q kᵀ) + bias) v over the keys that each query may see.
+
+    q: (B, Hq, M, D)   k: (B, Hk, N, D)   v: (B, Hk, N, Dv)      fp16, bf16 or fp32, one dtype, one device
+        Hq is a multiple of Hk.  A batch of 1, or an expanded one, broadcasts.  Under autocast all are cast first.
+    mask: a `Mask`, or a tensor with SDPA's meaning (bool: True may attend; float: added to the logits).
+    bias: float, broadcastable to (B, Hq, M, N); added to the logits; differentiable.
+    gate: raw gate of shape (), (Hq,), (Hq, Dv) or broadcastable to (B, Hq, M, Dv); differentiable.
+    scale: float, or a tensor () or (Hq,) with a gradient; default D ** -0.5.
+    softcap: c > 0 replaces the scaled product s by c * tanh(s / c).
+    dropout_p: share of the probabilities dropped, in [0, 1); the draw depends on (seed, batch, head, query, key) only,
+        and the seed comes from `generator` or from the default generator of q's device.
+    empty_rows: what a query that may see no key returns: "zero" (o = 0, lse = -inf, no gradient), "uniform" (the mean of v
+        over all N keys) or "attend_all" (as if it were not masked).
+    return_lse: return also lse, (B, Hq, M), fp32: natural log of the sum of exp of the logits; differentiable.
+    backend: "triton", "torch" (any device, bounded memory) or "reference" (the definition, quadratic memory); None
+        chooses, see `explain`.  An explicit backend never falls back.
+
+    Returns y: (B, Hq, M, Dv) in q's dtype, for which `y.transpose(1, 2).flatten(2)` is a view; or (y, lse).
+    The same call gives the same bits, gradients included.  Memory beyond the arguments: O(M + N).
+    Raises ValueError (shapes, devices, values), TypeError (types), NotImplementedError (an explicit backend that cannot).
+    Sources: FlashAttention-2, https://arxiv.org/abs/2307.08691; tanh gates: Flamingo, https://arxiv.org/abs/2204.14198.
+    """
+    q, k, v = _autocast(q, k, v)
+    x, options = canonical(
+        q, k, v, mask, bias=bias, gate=gate, scale=scale, softcap=softcap, dropout_p=dropout_p, empty_rows=empty_rows
+    )
+    chosen = _choose(Problem.of(x), one_of("backend", backend, (None, *BACKENDS)))
+    if options.dropout_p:
+        x = x._replace(seed=_seed(q.device, generator))
+    y, lse = attend(x, options, chosen)
+    return (y, lse) if return_lse else y
+
+
+def attend(x: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+    """(y, lse) of a canonical call."""
+    if backend == "reference":
+        return reference.attend(x, options)
+    y, lse, _, _ = ops.CrossAttention.apply(*x, *options, backend)
+    return y, lse
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend and schedule a call would run, and for every other backend each reason why not."""
+
+    backend: str
+    schedule: str
+    reasons: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}, schedule: {self.schedule}"]
+        lines += [f"not {name}: {'; '.join(why)}" for name, why in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, **arguments) -> Explanation:
+    """What `cross_attention` would do with these arguments; it takes the same ones and computes nothing."""
+    backend = one_of("backend", arguments.pop("backend", None), (None, *BACKENDS))
+    for name in ("generator", "return_lse"):
+        arguments.pop(name, None)
+    x, _ = canonical(*_autocast(q, k, v), mask, **arguments)
+    problem = Problem.of(x)
+    chosen = _choose(problem, backend)
+    schedules = {
+        "triton": "forward: one program a query tile; backward: two-pass",
+        "torch": "PyTorch's CPU flash kernel where it can, else tiles" if problem.device.type == "cpu" else "tiles",
+        "reference": "the definition, quadratic memory",
+    }
+    reasons = {}
+    for name in BACKENDS:
+        if name != chosen:
+            reasons[name] = unsupported(problem, name) or _not_chosen(name, backend)
+    return Explanation(chosen, schedules[chosen], reasons)
+
+
+def unsupported(problem: Problem, backend: str) -> tuple[str, ...]:
+    """Every reason why a backend cannot serve a problem."""
+    if backend == "triton":
+        if find_spec("triton") is None:
+            return ("triton is not installed",)
+        from crossattn_kernels import kernels
+
+        return kernels.unsupported(problem)
+    return ()
+
+
+def _not_chosen(name: str, backend: str | None) -> tuple[str, ...]:
+    if backend is not None:
+        return (f"backend={backend!r} was asked for",)
+    return {
+        "triton": ("it would run in Triton's interpreter, which is for tests",),
+        "torch": ("the Triton kernels can serve this call",),
+        "reference": ("it is the definition, not an implementation",),
+    }[name]
+
+
+def _choose(problem: Problem, backend: str | None) -> str:
+    if backend is None:
+        return "torch" if problem.device.type == "cpu" or unsupported(problem, "triton") else "triton"
+    reasons = unsupported(problem, backend)
+    if reasons:
+        raise NotImplementedError(f"backend={backend!r} cannot serve this call: {'; '.join(reasons)}")
+    return backend
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, q, k and v take the autocast dtype, as SDPA's do."""
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype.is_floating_point else t for t in tensors)
+
+
+def _seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """A fresh seed on q's device, drawn where the generator lives; nothing is read back."""
+    source = device if generator is None else generator.device
+    return torch.randint(2**62, (), dtype=torch.int64, device=source, generator=generator).to(device, non_blocking=True)

@@ -1,0 +1,215 @@
+"""What a query may see: ranges of keys, single keys, groups of keys; and the algebra that combines them.
+
+Letters: B batch, Hq query heads, M queries, N keys.  Nothing in this file reads a tensor's values on the host, so no
+constructor waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which keys each query may see.  Fields combine by AND; a field that is None hides nothing.
+
+    start, end:  integer tensors broadcastable to (B, Hq, M); query i sees key j only if start[i] <= j < end[i]
+    keys:        bool (B, N) or (1, N); False hides the key from every query of that batch entry
+    visible:     bool, broadcastable to (B, Hq, ceil(M / query_group), ceil(N / key_group)); one bit per group of
+                 `query_group` queries and `key_group` keys; (1, 1) is a dense mask
+    """
+
+    start: Tensor | None = None
+    end: Tensor | None = None
+    keys: Tensor | None = None
+    visible: Tensor | None = None
+    query_group: int = 1
+    key_group: int = 1
+
+    # ---- constructors ----
+
+    @staticmethod
+    def lengths(lengths: Tensor) -> Mask:
+        """The first `lengths[b]` keys of each batch entry.  lengths: integer (B,)."""
+        return Mask(end=_vector("lengths", lengths)[:, None, None])
+
+    @staticmethod
+    def key_padding(keep: Tensor) -> Mask:
+        """Keys with holes.  keep: bool (B, N), True may be seen (the opposite of `nn.MultiheadAttention`'s padding mask)."""
+        return Mask(keys=keep)
+
+    @staticmethod
+    def packed(cu_q: Tensor, cu_k: Tensor, num_queries: int | None = None) -> Mask:
+        """Segments laid end to end (varlen, B = 1): query segment i sees exactly key segment i.
+
+        cu_q, cu_k: integer (segments + 1,) cumulative lengths from 0.  Queries past cu_q[-1] see nothing.
+        num_queries: M; may be left out when cu_q lives on the CPU (reading it elsewhere would wait for the GPU).
+        """
+        cu_q, cu_k = _vector("cu_q", cu_q), _vector("cu_k", cu_k)
+        if cu_q.shape != cu_k.shape:
+            raise ValueError(f"cu_q and cu_k must have one shape, got {tuple(cu_q.shape)} and {tuple(cu_k.shape)}")
+        if num_queries is None:
+            if cu_q.device.type != "cpu":
+                raise ValueError(
+                    f"packed: pass num_queries, cu_q is on {cu_q.device} and reading it would wait for the device"
+                )
+            num_queries = int(cu_q[-1])
+        query = torch.arange(num_queries, device=cu_q.device)
+        segment = torch.searchsorted(cu_q.long(), query, right=True) - 1  # (M,)
+        inside = segment < cu_q.numel() - 1
+        segment = segment.clamp(max=cu_q.numel() - 2)
+        end = torch.where(inside, cu_k[segment + 1], 0)
+        return Mask(start=cu_k[segment][None, None], end=end[None, None])
+
+    @staticmethod
+    def media(locations: Tensor, tokens_per_media: int, latest: bool = True) -> Mask:
+        """Flamingo's media mask: text sees the latest medium before it, or with latest=False all of them.
+
+        locations: bool (B, M), True where a medium is mentioned; media are laid end to end, `tokens_per_media` keys each.
+        Text before the first medium sees nothing, nor (with latest=True) does text after more media than there are keys.
+        Flamingo, https://arxiv.org/abs/2204.14198, section 2.3.
+        """
+        if locations.ndim != 2:
+            raise ValueError(f"locations must be (B, M), got {tuple(locations.shape)}")
+        count = locations.bool().long().cumsum(-1)[:, None]  # (B, 1, M)
+        end = count * tokens_per_media
+        return Mask(start=(end - tokens_per_media).clamp(min=0), end=end) if latest else Mask(end=end)
+
+    @staticmethod
+    def groups(visible: Tensor, query_group: int = 1, key_group: int = 1) -> Mask:
+        """One bit per group, e.g. (1, 1601) for one bit per text token and image tile; (1, 1) is a dense mask.
+
+        visible: bool with up to four dimensions, broadcastable to (B, Hq, ceil(M / query_group), ceil(N / key_group)).
+        """
+        if visible.ndim > 4:
+            raise ValueError(f"visible must have at most 4 dimensions, got {tuple(visible.shape)}")
+        return Mask(visible=visible[(None,) * (4 - visible.ndim)], query_group=query_group, key_group=key_group)
+
+    @staticmethod
+    def blocks(visible: Tensor, block_q: int = 128, block_k: int = 128) -> Mask:
+        """Block-sparse attention: bool (..., ceil(M / block_q), ceil(N / block_k)); tiles nobody sees are not loaded."""
+        return Mask.groups(visible, block_q, block_k)
+
+    @staticmethod
+    def causal(
+        num_queries: int, num_keys: int, align: str = "top-left", device: torch.device | str | None = None
+    ) -> Mask:
+        """Query i sees keys up to i ("top-left", as SDPA) or up to i + N - M ("bottom-right", as FlashAttention)."""
+        if align not in ("top-left", "bottom-right"):
+            raise ValueError(f"align must be 'top-left' or 'bottom-right', got {align!r}")
+        shift = num_keys - num_queries if align == "bottom-right" else 0
+        return Mask.window(num_queries, num_keys, None, shift, device=device)
+
+    @staticmethod
+    def window(
+        num_queries: int, num_keys: int, left: int | None, right: int | None, device: torch.device | str | None = None
+    ) -> Mask:
+        """Query i sees keys from i - left to i + right, both included; None leaves that side open."""
+        query = torch.arange(num_queries, device=device)[None, None]
+        start = None if left is None else (query - left).clamp(0, num_keys)
+        end = None if right is None else (query + right + 1).clamp(0, num_keys)
+        return Mask(start=start, end=end)
+
+    # ---- algebra ----
+
+    def __and__(self, other: Mask) -> Mask:
+        """What both masks allow."""
+        if not isinstance(other, Mask):
+            return NotImplemented
+        visible, query_group, key_group = _both_visible(self, other)
+        return Mask(
+            start=_both(torch.maximum, self.start, other.start),
+            end=_both(torch.minimum, self.end, other.end),
+            keys=_both(torch.logical_and, self.keys, other.keys),
+            visible=visible,
+            query_group=query_group,
+            key_group=key_group,
+        )
+
+    def is_trivial(self) -> bool:
+        """True when no field is set: every query sees every key."""
+        return all(x is None for x in (self.start, self.end, self.keys, self.visible))
+
+    def lead(self) -> tuple[int, int]:
+        """(1|B, 1|Hq): how far the fields vary over batch and heads."""
+        by_row = [x for x in (self.start, self.end, self.visible) if x is not None]
+        batch = [x.shape[0] for x in (*by_row, self.keys) if x is not None]
+        return max(batch, default=1), max((x.shape[1] for x in by_row), default=1)
+
+    def to(self, device: torch.device | str) -> Mask:
+        """The same mask on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Mask(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
+
+    def slice_keys(self, first: int, last: int) -> Mask:
+        """The mask as keys first..last-1 see it, renumbered from 0: what one chunk of a long context needs."""
+        visible, group = self.visible, self.key_group
+        if visible is not None and visible.shape[-1] > 1:
+            if first % group:
+                visible, group = visible.repeat_interleave(group, -1), 1
+            visible = visible[..., first // group : -(-last // group)]
+        return Mask(
+            start=None if self.start is None else self.start - first,
+            end=None if self.end is None else self.end - first,
+            keys=None if self.keys is None else self.keys[:, first:last],
+            visible=visible,
+            query_group=self.query_group,
+            key_group=group,
+        )
+
+    def as_dense(self, B: int, Hq: int, M: int, N: int) -> Tensor:
+        """Bool (B, Hq, M, N), True where a query may see a key.  Quadratic: for tests and small problems."""
+        tensors = [x for x in (self.start, self.end, self.keys, self.visible) if x is not None]
+        device = tensors[0].device if tensors else None
+        key = torch.arange(N, device=device)
+        seen = torch.ones(B, Hq, M, N, dtype=torch.bool, device=device)
+        if self.start is not None:
+            seen &= key >= self.start[..., None]
+        if self.end is not None:
+            seen &= key < self.end[..., None]
+        if self.keys is not None:
+            seen &= self.keys[:, None, None, :]
+        if self.visible is not None:
+            row = torch.arange(M, device=device) // self.query_group if self.visible.shape[-2] > 1 else [0] * M
+            col = key // self.key_group if self.visible.shape[-1] > 1 else [0] * N
+            seen &= self.visible[:, :, row][..., col]
+        return seen
+
+
+def _vector(name: str, x: Tensor) -> Tensor:
+    if x.ndim != 1 or x.dtype.is_floating_point or x.dtype == torch.bool:
+        raise ValueError(f"{name} must be a one-dimensional integer tensor, got {tuple(x.shape)} of {x.dtype}")
+    return x
+
+
+def _both(combine, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else combine(a, b)
+
+
+def _both_visible(a: Mask, b: Mask) -> tuple[Tensor | None, int, int]:
+    """(visible, query_group, key_group) of a & b: the coarser grid is refined to the finer one."""
+    if a.visible is None or b.visible is None:
+        chosen = b if a.visible is None else a
+        return chosen.visible, chosen.query_group, chosen.key_group
+    x, y = a.visible, b.visible
+    x, y, query_group = _refine(x, y, -2, a.query_group, b.query_group)
+    x, y, key_group = _refine(x, y, -1, a.key_group, b.key_group)
+    return x & y, query_group, key_group
+
+
+def _refine(x: Tensor, y: Tensor, axis: int, group_x: int, group_y: int) -> tuple[Tensor, Tensor, int]:
+    if group_x > group_y:
+        y, x, group = _refine(y, x, axis, group_y, group_x)
+        return x, y, group
+    if group_y % group_x:
+        raise ValueError(f"masks with groups of {group_x} and {group_y} combine only if one divides the other")
+    if group_y > group_x and y.shape[axis] > 1:
+        size = x.shape[axis] if x.shape[axis] > 1 else None
+        y = y.repeat_interleave(group_y // group_x, axis)
+        y = y if size is None else y.narrow(axis, 0, size)
+    return x, y, group_x

@@ -1,0 +1,326 @@
+"""One call described once: its tensors in canonical shape, its options, its sizes and costs; every shape error lives here.
+
+Letters: B batch, Hq query heads, Hk key heads, M queries, N keys, D head size of q and k, Dv of v.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossattn_kernels.masks import INT32_MAX, Mask
+
+EMPTY_ROWS = ("zero", "uniform", "attend_all")
+SPEC = {"q": "(B, Hq, M, D)", "k": "(B, Hk, N, D)", "v": "(B, Hk, N, Dv)"}
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call.  `1|B` is 1 or B: a size of 1 broadcasts."""
+
+    q: Tensor  # (1|B, Hq, M, D)
+    k: Tensor  # (1|B, Hk, N, D)
+    v: Tensor  # (1|B, Hk, N, Dv)
+    start: Tensor | None = None  # int32 (1|B, 1|Hq, 1|M)
+    end: Tensor | None = None  # int32 (1|B, 1|Hq, 1|M)
+    keys: Tensor | None = None  # bool (1|B, N)
+    visible: Tensor | None = None  # bool (1|B, 1|Hq, 1|query groups, 1|key groups)
+    bias: Tensor | None = None  # (1|B, 1|Hq, 1|M, 1|N)
+    gate: Tensor | None = None  # (1|B, 1|Hq, 1|M, 1|Dv), before tanh
+    scale: Tensor | None = None  # (1|B, Hq), instead of Options.scale
+    seed: Tensor | None = None  # int64 (), of the dropout mask
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(B, Hq, M, N)."""
+        return (
+            max(self.q.shape[0], self.k.shape[0]) if self.q.shape[0] and self.k.shape[0] else 0,
+            *self.q.shape[1:3],
+            self.k.shape[2],
+        )
+
+    @property
+    def gate_varies(self) -> bool:
+        """True when the gate differs along Dv, so that the ungated output must be kept for the backward."""
+        return self.gate is not None and self.gate.shape[3] > 1
+
+
+class Options(NamedTuple):
+    """What a call asks for besides its tensors."""
+
+    query_group: int = 1
+    key_group: int = 1
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    dropout_p: float = 0.0
+    empty_rows: str = "zero"
+    first_key: int = 0  # index of key 0 in the dropout mask: where a chunk lies in the whole
+
+    def mask(self, x: Inputs) -> Mask:
+        return Mask(x.start, x.end, x.keys, x.visible, self.query_group, self.key_group)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes, type and demands of one call: what schedules, explanations and cost models look at."""
+
+    B: int
+    Hq: int
+    Hk: int
+    M: int
+    N: int
+    D: int
+    Dv: int
+    dtype: torch.dtype
+    device: torch.device
+    masked: bool = False
+    biased: bool = False
+
+    @staticmethod
+    def of(x: Inputs) -> Problem:
+        B, Hq, M, N = x.sizes
+        masked = any(t is not None for t in (x.start, x.end, x.keys, x.visible))
+        return Problem(
+            B, Hq, x.k.shape[1], M, N, x.q.shape[3], x.v.shape[3], x.q.dtype, x.q.device, masked, x.bias is not None
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.Hq // self.Hk if self.Hk else 1
+
+    def flops(self, mode: str = "forward") -> int:
+        """Floating-point operations of the matrix products, as if nothing were masked; mode "forward" or "backward"."""
+        return matmul_flops(self.B, self.Hq, self.M, self.N, self.D, self.Dv, mode)
+
+    def bytes(self, mode: str = "forward") -> int:
+        """Least traffic with device memory: every input read once, every output written once."""
+        queries, keys = self.B * self.Hq * self.M, self.B * self.Hk * self.N
+        once = (queries + keys) * (self.D + self.Dv) * self.dtype.itemsize
+        return once + 4 * queries if mode == "forward" else 2 * once + 4 * queries
+
+
+def matmul_flops(B: int, Hq: int, M: int, N: int, D: int, Dv: int, mode: str) -> int:
+    """2 products forward (q kᵀ, p v); 5 backward (q kᵀ, do vᵀ, ds k, dsᵀ q, pᵀ do)."""
+    return 2 * B * Hq * M * N * (D + Dv if mode == "forward" else 3 * D + 2 * Dv)
+
+
+# ---- canonical form ----
+
+
+def canonical(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: float | Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    empty_rows: str = "zero",
+) -> tuple[Inputs, Options]:
+    """Check every argument of `cross_attention` and bring it to the shapes of `Inputs`; raises ValueError or TypeError."""
+    _check_tensors(q, k, v)
+    x = Inputs(*_shared_batch(q, k, v))
+    B, Hq, M, N = x.sizes
+    if isinstance(mask, Tensor):
+        mask, bias = _from_tensor(mask, bias, q, N)
+    elif mask is not None and not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a Mask or a tensor, got {type(mask).__name__}")
+    mask = mask or Mask()
+    groups = (-(-M // mask.query_group), -(-N // mask.key_group))
+    tensor_scale = isinstance(scale, Tensor)
+    x = x._replace(
+        start=_range("mask.start", mask.start, (B, Hq, M), q),
+        end=_range("mask.end", mask.end, (B, Hq, M), q),
+        keys=_bits("mask.keys", mask.keys, (B, N), q),
+        visible=_bits("mask.visible", mask.visible, (B, Hq, *groups), q),
+        bias=None if bias is None else _fit("bias", _floating("bias", bias, q), (B, Hq, M, N), q),
+        gate=None if gate is None else _gate(_floating("gate", gate, q), (B, Hq, M, v.shape[3]), q),
+        scale=_head_scale(scale, Hq, q) if tensor_scale else None,
+    )
+    options = Options(
+        mask.query_group,
+        mask.key_group,
+        _float("scale", q.shape[3] ** -0.5 if scale is None or tensor_scale else scale),
+        _softcap(softcap),
+        _dropout(dropout_p),
+        one_of("empty_rows", empty_rows, EMPTY_ROWS),
+    )
+    return x, options
+
+
+def shapes(**tensors: Tensor | None) -> str:
+    """`q (B, Hq, M, D) is (2, 8, 16, 64), ...`: every shape, for an error message."""
+    named = ((name, t) for name, t in tensors.items() if t is not None)
+    return ", ".join(f"{n} {SPEC[n] + ' ' if n in SPEC else ''}is {tuple(t.shape)}" for n, t in named)
+
+
+def one_of(name: str, value: str | None, allowed: tuple) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value  # type: ignore[return-value]
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in dict(q=q, k=k, v=v).items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    for name, t in dict(q=q, k=k, v=v).items():
+        if t.ndim != 4:
+            raise ValueError(f"{name} must have 4 dimensions: {shapes(q=q, k=k, v=v)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}: {shapes(q=q, k=k, v=v)}"
+        )
+    if not q.dtype.is_floating_point or q.dtype.itemsize < 2:
+        raise TypeError(f"q, k and v must be fp16, bf16 or fp32 (fp64 off the Triton backend), got {q.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    wrong = (
+        "the last size of `k`" if k.shape[3] != q.shape[3]
+        else "the number of heads of `v`" if v.shape[1] != k.shape[1]
+        else "the number of keys of `v`" if v.shape[2] != k.shape[2]
+        else "the batch of `v`" if v.shape[0] != k.shape[0]
+        else "the batch of `k`" if q.shape[0] != k.shape[0] and 1 not in (q.shape[0], k.shape[0])
+        else "the number of heads of `k` (it must divide that of `q`)" if _not_multiple(q.shape[1], k.shape[1])
+        else "the head size of `q`" if q.shape[3] == 0
+        else None
+    )  # fmt: skip
+    if wrong:
+        raise ValueError(f"{wrong} does not fit: {shapes(q=q, k=k, v=v)}")
+
+
+def _not_multiple(heads: int, key_heads: int) -> bool:
+    return heads != 0 if key_heads == 0 else heads % key_heads != 0
+
+
+def _shared_batch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """An expanded batch (stride 0) becomes one entry that all share, on one side: the other keeps the number of entries."""
+
+    def expanded(t: Tensor) -> bool:
+        return t.shape[0] > 1 and t.stride(0) == 0
+
+    if expanded(q) and k.shape[0] > 1 and not (expanded(k) and expanded(v)):
+        return SharedBatch.apply(q), k, v
+    if expanded(k) and expanded(v) and q.shape[0] > 1:
+        return q, SharedBatch.apply(k), SharedBatch.apply(v)
+    return q, k, v
+
+
+class SharedBatch(torch.autograd.Function):
+    """t[:1] of a tensor expanded over its batch.
+
+    Its gradient is the sum spread evenly as a stride-0 view: whoever expanded the tensor sums it, and no copy per batch
+    entry is ever made.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor) -> Tensor:
+        return t.narrow(0, 0, 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.batch = inputs[0].shape[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return (grad / ctx.batch).expand(ctx.batch, *grad.shape[1:])
+
+
+def _fit(name: str, t: Tensor, target: tuple[int, ...], q: Tensor) -> Tensor:
+    """`t` with leading dimensions of 1, checked to broadcast to `target`."""
+    _same_device(name, t, q)
+    full = t[(None,) * (len(target) - t.ndim)] if t.ndim <= len(target) else t
+    if full.ndim != len(target) or any(a not in (1, b) for a, b in zip(full.shape, target)):
+        raise ValueError(f"{name} must broadcast to {target}, got {tuple(t.shape)}: {shapes(q=q)}")
+    return full
+
+
+def _same_device(name: str, t: Tensor, q: Tensor) -> None:
+    if t.device != q.device:
+        raise ValueError(f"{name} is on {t.device} but q is on {q.device}: {shapes(q=q)}, {name} is {tuple(t.shape)}")
+
+
+def _floating(name: str, t: Tensor, q: Tensor) -> Tensor:
+    if not isinstance(t, Tensor) or not t.dtype.is_floating_point:
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}: {shapes(q=q)}")
+    return t
+
+
+def _range(name: str, t: Tensor | None, target: tuple[int, ...], q: Tensor) -> Tensor | None:
+    if t is None:
+        return None
+    if t.dtype.is_floating_point or t.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {t.dtype} of shape {tuple(t.shape)}: {shapes(q=q)}")
+    return _fit(name, t.clamp(0, INT32_MAX).to(torch.int32), target, q)
+
+
+def _bits(name: str, t: Tensor | None, target: tuple[int, ...], q: Tensor) -> Tensor | None:
+    if t is None:
+        return None
+    if t.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {t.dtype} of shape {tuple(t.shape)}: {shapes(q=q)}")
+    t = _fit(name, t, target, q)
+    return t.expand(t.shape[0], target[1]) if len(target) == 2 else t
+
+
+def _gate(gate: Tensor, target: tuple[int, int, int, int], q: Tensor) -> Tensor:
+    """() or (1,) one gate; (Hq,) one a head; (Hq, Dv) one a channel of a head; otherwise the usual broadcasting."""
+    if gate.ndim == 1 and gate.shape[0] in (1, target[1]):
+        gate = gate[None, :, None, None]
+    elif gate.ndim == 2 and gate.shape[0] in (1, target[1]) and gate.shape[1] in (1, target[3]):
+        gate = gate[None, :, None, :]
+    return _fit("gate", gate, target, q)
+
+
+def _head_scale(scale: Tensor, Hq: int, q: Tensor) -> Tensor:
+    _same_device("scale", _floating("scale", scale, q), q)
+    if scale.shape not in ((), (1,), (Hq,)):
+        raise ValueError(
+            f"scale must be a float or a tensor of shape () or (Hq,), got {tuple(scale.shape)}: {shapes(q=q)}"
+        )
+    return scale.expand(Hq)[None]
+
+
+def _float(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _softcap(softcap: float | None) -> float:
+    if softcap is not None and not _float("softcap", softcap) > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    return 0.0 if softcap is None else float(softcap)
+
+
+def _dropout(dropout_p: float) -> float:
+    if not 0 <= _float("dropout_p", dropout_p) < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    return float(dropout_p)
+
+
+def _from_tensor(t: Tensor, bias: Tensor | None, q: Tensor, N: int) -> tuple[Mask, Tensor | None]:
+    """SDPA's reading of a mask tensor: bool, True may attend; floating point, added to the logits."""
+    if t.dtype.is_floating_point:
+        return Mask(), t if bias is None else bias + t
+    if t.dtype != torch.bool:
+        raise TypeError(
+            f"a mask tensor must be bool or floating point, got {t.dtype}: {shapes(q=q)}, mask is {tuple(t.shape)}"
+        )
+    if t.ndim > 4:
+        raise ValueError(f"mask must have at most 4 dimensions: {shapes(q=q)}, mask is {tuple(t.shape)}")
+    t = t[(None,) * (4 - t.ndim)]
+    # one bit a key is key padding, which is cheaper than a dense mask
+    return Mask(keys=t[:, 0, 0]) if t.shape[1] == t.shape[2] == 1 and t.shape[3] == N else Mask(visible=t), bias
