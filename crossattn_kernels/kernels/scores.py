@@ -1,0 +1,110 @@
+"""Visibility: the logits of a tile, and which of them a query may see.  The only file that knows masks.
+
+`rows` and `keys` are blocks that broadcast against each other: (BLOCK_M, 1) and (1, BLOCK_N) for s = q kᵀ, or
+(1, BLOCK_M) and (BLOCK_N, 1) for its transpose; the same lines serve both.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from crossattn_kernels.kernels.softmax import tanh
+from crossattn_kernels.kernels.tiles import at, load_vec, wide
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def head_scale(logits, b, h):
+    scale = logits.scale
+    if logits.head_scale is not None:
+        scale *= tl.load(at(logits.head_scale, (b, h))).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def scores(qk, logits, scale, b, h, rows, keys, M, N):
+    """Base-2 logits of the product qk; hidden entries are -inf."""
+    if logits.softcap is None:
+        s = qk * (scale * LOG2E)
+    else:
+        s = tanh(qk * (scale / logits.softcap)) * (logits.softcap * LOG2E)
+    seen = keys < N
+    if logits.bias is not None:
+        exists = (rows < M) & (keys < N)
+        bias = tl.load(at(logits.bias, (b, h, wide(rows), wide(keys))), mask=exists, other=0.0).to(tl.float32)
+        s += bias * LOG2E
+        seen &= bias != float("-inf")  # also where the product is NaN
+    seen &= visible(logits.mask, b, h, rows, keys, M, N)
+    if logits.mask.flat is not None:
+        s = tl.where(row_bit(logits.mask.flat, b, h, rows, M), 0.0, s)
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def logit_grad(ds, logits, b, h, rows, M):
+    """Rows whose logits are 0 whatever q, k and bias are pass no gradient on."""
+    if logits.mask.flat is not None:
+        ds = tl.where(row_bit(logits.mask.flat, b, h, rows, M), 0.0, ds)
+    return ds
+
+
+@triton.jit
+def through_softcap(ds, qk, logits, scale):
+    """Gradient of scale * qk from the gradient of the capped logit."""
+    if logits.softcap is not None:
+        t = tanh(qk * (scale / logits.softcap))
+        ds *= 1.0 - t * t
+    return ds
+
+
+@triton.jit
+def visible(mask, b, h, rows, keys, M, N):
+    """Which of these keys each query may see."""
+    seen = keys < N
+    if mask.start is not None:
+        seen = seen & (keys >= tl.load(at(mask.start, (b, h, wide(rows))), mask=rows < M, other=0))
+    if mask.end is not None:
+        seen = seen & (keys < tl.load(at(mask.end, (b, h, wide(rows))), mask=rows < M, other=0))
+    if mask.keys is not None:
+        seen = seen & (tl.load(at(mask.keys, (b, wide(keys))), mask=keys < N, other=0) != 0)
+    if mask.visible is not None:
+        group = at(mask.visible, (b, h, wide(rows // mask.query_group), wide(keys // mask.key_group)))
+        seen = seen & (tl.load(group, mask=(rows < M) & (keys < N), other=0) != 0)
+    if mask.free is not None:
+        seen = seen | ((keys < N) & row_bit(mask.free, b, h, rows, M))
+    return seen
+
+
+@triton.jit
+def row_bit(x, b, h, rows, M):
+    return tl.load(at(x, (b, h, wide(rows))), mask=rows < M, other=0) != 0
+
+
+@triton.jit
+def touches(mask, b, h, rows, keys, M, N):
+    """Whether any query of this tile sees any key of it; asked only where the ranges do not tell."""
+    if mask.visible is None:
+        return True
+    else:
+        return tl.max(visible(mask, b, h, rows, keys, M, N).to(tl.int32)) > 0
+
+
+@triton.jit
+def key_range(mask, b, h, rows, M, N):
+    """First and one past the last key that any of these queries may see by its range: scalars (lo, hi)."""
+    if (mask.start is None) & (mask.end is None):
+        return 0, N
+    else:
+        start, end = tl.zeros_like(rows), tl.zeros_like(rows) + N
+        if mask.start is not None:
+            start = load_vec(mask.start, b, h, rows, M, 0)
+        if mask.end is not None:
+            end = tl.minimum(end, load_vec(mask.end, b, h, rows, M, 0))
+        some = (rows < M) & (start < end)
+        start, end = tl.where(some, start, N), tl.where(some, end, 0)
+        if mask.free is not None:
+            free = row_bit(mask.free, b, h, rows, M)
+            start, end = tl.where(free, 0, start), tl.where(free, N, end)
+        return tl.min(start), tl.max(end)

@@ -1,0 +1,101 @@
+"""Arithmetic: the running softmax of a tile of rows, its gradient, dropout and tanh; logits are in base 2."""
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from crossattn_kernels.kernels.tiles import dot, finite, load_vec
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+
+
+class Softmax(NamedTuple):
+    """Running maximum m, sum l and unnormalised output acc."""
+
+    m: tl.tensor  # (BLOCK_M,)
+    l: tl.tensor  # (BLOCK_M,)
+    acc: tl.tensor  # (BLOCK_M, BLOCK_DV)
+
+
+@triton.jit
+def softmax_init(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    return Softmax(m, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_DV], tl.float32))
+
+
+@triton.jit
+def softmax_update(state, s, v, drop, b, h, rows, keys, PRECISION: tl.constexpr):
+    """Fold in one tile of logits s: (BLOCK_M, BLOCK_N) and values v: (BLOCK_N, BLOCK_DV)."""
+    m = tl.maximum(state.m, tl.max(s, 1))
+    pivot = safe(m)
+    alpha = tl.exp2(state.m - pivot)
+    p = tl.exp2(s - pivot[:, None])
+    l = state.l * alpha + tl.sum(p, 1)
+    p = kept(p, drop, b, h, rows[:, None], keys[None, :])
+    return Softmax(m, l, dot(p.to(v.dtype), v, state.acc * alpha[:, None], PRECISION))
+
+
+@triton.jit
+def softmax_finish(state):
+    """(o, lse), lse natural; a row that saw nothing gives o = 0, lse = -inf."""
+    l = tl.where(state.l == 0.0, 1.0, state.l)
+    return state.acc / l[:, None], (state.m + tl.log2(l)) * LN2
+
+
+@triton.jit
+def safe(m):
+    """A pivot to subtract: that of a row that saw nothing is 0, because inf - inf is NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def quarantine(s, v):
+    """(s, v) such that a value that is not finite reaches the queries that see it, as NaN, and no other."""
+    poison = tl.sum(v.to(tl.float32) * 0.0, 1)
+    return tl.where(s == float("-inf"), s, s + poison[None, :]), finite(v)
+
+
+@triton.jit
+def row_state(lse, delta, row_gate, b, h, rows, M):
+    """(lse2, delta, t) of a tile of queries; rows past the end get lse2 = inf, hence p = 0."""
+    lse2 = load_vec(lse, b, h, rows, M, float("inf")) * LOG2E
+    t = tl.zeros_like(lse2) + 1.0
+    if row_gate is not None:
+        t = tanh(load_vec(row_gate, b, h, rows, M, 0.0).to(tl.float32))
+    return lse2, load_vec(delta, b, h, rows, M, 0.0), t
+
+
+@triton.jit
+def softmax_grad(s, dp, lse2, delta, drop, b, h, rows, keys):
+    """(p, ds) of a tile from its logits and dp = do vᵀ; p as it multiplied v.  Hidden entries are 0, whatever dp is."""
+    hidden = s == float("-inf")
+    p = tl.where(hidden, 0.0, tl.exp2(s - safe(lse2)))
+    ds = tl.where(hidden, 0.0, p * (kept(dp, drop, b, h, rows, keys) - delta))
+    return kept(p, drop, b, h, rows, keys), ds
+
+
+@triton.jit
+def kept(x, drop, b, h, rows, keys):
+    """x where the probability is kept, raised by 1 / (1 - p), and 0 where it is dropped; `dropout.keep` in the kernels."""
+    if drop is not None:
+        zero = (rows + keys) * 0
+        draw, _, _, _ = tl.philox(
+            tl.load(drop.seed), zero + keys + drop.first_key, zero + rows, zero + h.to(tl.int32), zero + b.to(tl.int32)
+        )
+        x = tl.where((draw >> 8).to(tl.int32) >= drop.threshold, x * drop.factor, 0.0)
+    return x
+
+
+@triton.jit
+def tanh(x):
+    """tanh to fp32 rounding: a polynomial near 0 (Cephes tanhf), where 1 - 2 / (e^2x + 1) would cancel."""
+    z = x * x
+    poly = -5.70498872745e-3 * z + 2.06390887954e-2
+    poly = poly * z - 5.37397155531e-2
+    poly = poly * z + 1.33314422036e-1
+    poly = poly * z - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, x + x * z * poly, tl.where(x < 0.0, -far, far))
