@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,24 +43,24 @@ def cross_attention(
     softcap: c > 0 replaces the scaled product s by c * tanh(s / c).
     dropout_p: share of the probabilities dropped, in [0, 1); the draw depends on (seed, batch, head, query, key) only,
         and the seed comes from `generator` or from the default generator of q's device.
-    empty_rows: what a query that may see no key returns: "zero" (o = 0, lse = -inf, no gradient), "uniform" (the mean of v
-        over all N keys) or "attend_all" (as if it were not masked).
+    empty_rows: what a query that may see no key returns: "zero" (o = 0, lse = -inf, no gradient), "uniform" (the mean
+        of v over all N keys) or "attend_all" (as if it were not masked).
     return_lse: return also lse, (B, Hq, M), fp32: natural log of the sum of exp of the logits; differentiable.
     backend: "triton", "torch" (any device, bounded memory) or "reference" (the definition, quadratic memory); None
         chooses, see `explain`.  An explicit backend never falls back.
 
     Returns y: (B, Hq, M, Dv) in q's dtype, for which `y.transpose(1, 2).flatten(2)` is a view; or (y, lse).
     The same call gives the same bits, gradients included.  Memory beyond the arguments: O(M + N).
-    Raises ValueError (shapes, devices, values), TypeError (types), NotImplementedError (an explicit backend that cannot).
+    Raises ValueError (shapes, devices, values), TypeError (types), NotImplementedError (a named backend that cannot).
     Sources: FlashAttention-2, https://arxiv.org/abs/2307.08691; tanh gates: Flamingo, https://arxiv.org/abs/2204.14198.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     x, options = canonical(
         q, k, v, mask, bias=bias, gate=gate, scale=scale, softcap=softcap, dropout_p=dropout_p, empty_rows=empty_rows
     )
-    chosen = _choose(Problem.of(x), one_of("backend", backend, (None, *BACKENDS)))
+    chosen = choose(Problem.of(x), one_of("backend", backend, (None, *BACKENDS), q=q, k=k, v=v))
     if options.dropout_p:
-        x = x._replace(seed=_seed(q.device, generator))
+        x = x._replace(seed=draw_seed(q.device, generator))
     y, lse = attend(x, options, chosen)
     return (y, lse) if return_lse else y
 
@@ -86,14 +87,15 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, **arguments) -> Explanation:
+def explain(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, **arguments: Any) -> Explanation:
     """What `cross_attention` would do with these arguments; it takes the same ones and computes nothing."""
-    backend = one_of("backend", arguments.pop("backend", None), (None, *BACKENDS))
+    backend = arguments.pop("backend", None)
     for name in ("generator", "return_lse"):
         arguments.pop(name, None)
-    x, _ = canonical(*_autocast(q, k, v), mask, **arguments)
+    q, k, v = autocast(q, k, v)
+    x, _ = canonical(q, k, v, mask, **arguments)
     problem = Problem.of(x)
-    chosen = _choose(problem, backend)
+    chosen = choose(problem, one_of("backend", backend, (None, *BACKENDS), q=q, k=k, v=v))
     schedules = {
         "triton": "forward: one program a query tile; backward: two-pass",
         "torch": "PyTorch's CPU flash kernel where it can, else tiles" if problem.device.type == "cpu" else "tiles",
@@ -127,7 +129,8 @@ def _not_chosen(name: str, backend: str | None) -> tuple[str, ...]:
     }[name]
 
 
-def _choose(problem: Problem, backend: str | None) -> str:
+def choose(problem: Problem, backend: str | None) -> str:
+    """The backend that runs; NotImplementedError with every reason if an explicit one cannot."""
     if backend is None:
         return "torch" if problem.device.type == "cpu" or unsupported(problem, "triton") else "triton"
     reasons = unsupported(problem, backend)
@@ -136,16 +139,22 @@ def _choose(problem: Problem, backend: str | None) -> str:
     return backend
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, q, k and v take the autocast dtype, as SDPA's do."""
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, q, k and v take the autocast dtype, as SDPA's do; fp64 stays as it is there too."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype.is_floating_point else t for t in tensors)
+
+    def eligible(t: Tensor) -> bool:
+        return isinstance(t, Tensor) and t.dtype.is_floating_point and t.dtype != torch.float64
+
+    return tuple(t.to(dtype) if eligible(t) else t for t in tensors)
 
 
-def _seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A fresh seed on q's device, drawn where the generator lives; nothing is read back."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     source = device if generator is None else generator.device
     return torch.randint(2**62, (), dtype=torch.int64, device=source, generator=generator).to(device, non_blocking=True)

@@ -18,7 +18,7 @@ from crossattn_kernels.tiled import Gradients
 
 # the arguments of both operators, in the order of Inputs and Options
 TENSORS = ", ".join(("Tensor q, Tensor k, Tensor v", *(f"Tensor? {name}" for name in Inputs._fields[3:])))
-OPTIONS = "int query_group, int key_group, float scale, float softcap, float dropout_p, str empty_rows, int first_key, str backend"
+OPTIONS = "int query_group, int key_group, float scale, float softcap, float dropout_p, str empty_rows, int first_key, bool chunk, str backend"
 NUM_INPUTS, NUM_OPTIONS = len(Inputs._fields), len(Options._fields)
 
 

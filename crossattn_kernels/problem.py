@@ -1,4 +1,4 @@
-"""One call described once: its tensors in canonical shape, its options, its sizes and costs; every shape error lives here.
+"""One call described once: its tensors in canonical shape, options, sizes and costs; every shape error lives here.
 
 Letters: B batch, Hq query heads, Hk key heads, M queries, N keys, D head size of q and k, Dv of v.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from crossattn_kernels.masks import INT32_MAX, Mask
 
 EMPTY_ROWS = ("zero", "uniform", "attend_all")
+T = TypeVar("T")
 SPEC = {"q": "(B, Hq, M, D)", "k": "(B, Hk, N, D)", "v": "(B, Hk, N, Dv)"}
 
 
@@ -58,6 +59,7 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
     empty_rows: str = "zero"
     first_key: int = 0  # index of key 0 in the dropout mask: where a chunk lies in the whole
+    chunk: bool = False  # the keys are part of a whole, whose o and lse come into the backward
 
     def mask(self, x: Inputs) -> Mask:
         return Mask(x.start, x.end, x.keys, x.visible, self.query_group, self.key_group)
@@ -124,53 +126,62 @@ def canonical(
     dropout_p: float = 0.0,
     empty_rows: str = "zero",
 ) -> tuple[Inputs, Options]:
-    """Check every argument of `cross_attention` and bring it to the shapes of `Inputs`; raises ValueError or TypeError."""
-    _check_tensors(q, k, v)
+    """Check every argument of `cross_attention` and bring it to the shapes of `Inputs`.
+
+    Raises ValueError or TypeError: one sentence that names the argument and shows every shape.
+    """
+    given = dict(q=q, k=k, v=v)
+    _check_tensors(**given)
     x = Inputs(*_shared_batch(q, k, v))
     B, Hq, M, N = x.sizes
+    bias = None if bias is None else _fit("bias", _typed("bias", bias, "floats", **given), (B, Hq, M, N), **given)
     if isinstance(mask, Tensor):
-        mask, bias = _from_tensor(mask, bias, q, N)
+        mask, bias = _from_tensor(mask, bias, (B, Hq, M, N), **given)
     elif mask is not None and not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a Mask or a tensor, got {type(mask).__name__}")
+        raise TypeError(f"mask must be a Mask or a tensor, got {type(mask).__name__}: {shapes(**given)}")
     mask = mask or Mask()
+    if min(mask.query_group, mask.key_group) < 1:
+        got = f"{mask.query_group} and {mask.key_group}"
+        raise ValueError(f"mask.query_group and mask.key_group must be positive, got {got}: {shapes(**given)}")
     groups = (-(-M // mask.query_group), -(-N // mask.key_group))
-    tensor_scale = isinstance(scale, Tensor)
+    number = q.shape[3] ** -0.5 if scale is None or isinstance(scale, Tensor) else scale
     x = x._replace(
-        start=_range("mask.start", mask.start, (B, Hq, M), q),
-        end=_range("mask.end", mask.end, (B, Hq, M), q),
-        keys=_bits("mask.keys", mask.keys, (B, N), q),
-        visible=_bits("mask.visible", mask.visible, (B, Hq, *groups), q),
-        bias=None if bias is None else _fit("bias", _floating("bias", bias, q), (B, Hq, M, N), q),
-        gate=None if gate is None else _gate(_floating("gate", gate, q), (B, Hq, M, v.shape[3]), q),
-        scale=_head_scale(scale, Hq, q) if tensor_scale else None,
+        start=_range("mask.start", mask.start, (B, Hq, M), **given),
+        end=_range("mask.end", mask.end, (B, Hq, M), **given),
+        keys=_bits("mask.keys", mask.keys, (B, N), **given),
+        visible=_bits("mask.visible", mask.visible, (B, Hq, *groups), **given),
+        bias=bias,
+        gate=None if gate is None else fit_gate(gate, (B, Hq, M, v.shape[3]), **given),
+        scale=_head_scale(scale, Hq, **given) if isinstance(scale, Tensor) else None,
     )
     options = Options(
         mask.query_group,
         mask.key_group,
-        _float("scale", q.shape[3] ** -0.5 if scale is None or tensor_scale else scale),
-        _softcap(softcap),
-        _dropout(dropout_p),
-        one_of("empty_rows", empty_rows, EMPTY_ROWS),
+        _float("scale", number, **given),
+        _softcap(softcap, **given),
+        _dropout(dropout_p, **given),
+        one_of("empty_rows", empty_rows, EMPTY_ROWS, **given),
     )
     return x, options
 
 
-def shapes(**tensors: Tensor | None) -> str:
+def shapes(**tensors: object) -> str:
     """`q (B, Hq, M, D) is (2, 8, 16, 64), ...`: every shape, for an error message."""
-    named = ((name, t) for name, t in tensors.items() if t is not None)
+    named = ((name, t) for name, t in tensors.items() if isinstance(t, Tensor))
     return ", ".join(f"{n} {SPEC[n] + ' ' if n in SPEC else ''}is {tuple(t.shape)}" for n, t in named)
 
 
-def one_of(name: str, value: str | None, allowed: tuple) -> str:
+def one_of(name: str, value: T, allowed: tuple[T, ...], **given: Tensor) -> T:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value  # type: ignore[return-value]
+        where = f": {shapes(**given)}" if given else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{where}")
+    return value
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in dict(q=q, k=k, v=v).items():
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: {shapes(q=q, k=k, v=v)}")
     for name, t in dict(q=q, k=k, v=v).items():
         if t.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions: {shapes(q=q, k=k, v=v)}")
@@ -179,9 +190,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}: {shapes(q=q, k=k, v=v)}"
         )
     if not q.dtype.is_floating_point or q.dtype.itemsize < 2:
-        raise TypeError(f"q, k and v must be fp16, bf16 or fp32 (fp64 off the Triton backend), got {q.dtype}")
+        raise TypeError(
+            "q, k and v must be fp16, bf16 or fp32 (fp64 off the Triton backend), "
+            f"got {q.dtype}: {shapes(q=q, k=k, v=v)}"
+        )
     if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+        raise ValueError(
+            f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}: {shapes(q=q, k=k, v=v)}"
+        )
     wrong = (
         "the last size of `k`" if k.shape[3] != q.shape[3]
         else "the number of heads of `v`" if v.shape[1] != k.shape[1]
@@ -201,7 +217,7 @@ def _not_multiple(heads: int, key_heads: int) -> bool:
 
 
 def _shared_batch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An expanded batch (stride 0) becomes one entry that all share, on one side: the other keeps the number of entries."""
+    """An expanded batch (stride 0) becomes one entry that all share, on one side: the other keeps the batch size."""
 
     def expanded(t: Tensor) -> bool:
         return t.shape[0] > 1 and t.stride(0) == 0
@@ -227,100 +243,107 @@ class SharedBatch(torch.autograd.Function):
         return t.narrow(0, 0, 1)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.batch = inputs[0].shape[0]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return (grad / ctx.batch).expand(ctx.batch, *grad.shape[1:])
 
 
-def _fit(name: str, t: Tensor, target: tuple[int, ...], q: Tensor) -> Tensor:
+def _fit(name: str, t: Tensor, target: tuple[int, ...], **given: Tensor) -> Tensor:
     """`t` with leading dimensions of 1, checked to broadcast to `target`."""
-    _same_device(name, t, q)
+    _same_device(name, t, **given)
     full = t[(None,) * (len(target) - t.ndim)] if t.ndim <= len(target) else t
     if full.ndim != len(target) or any(a not in (1, b) for a, b in zip(full.shape, target)):
-        raise ValueError(f"{name} must broadcast to {target}, got {tuple(t.shape)}: {shapes(q=q)}")
+        raise ValueError(f"{name} must broadcast to {target}, got {tuple(t.shape)}: {shapes(**given)}")
     return full
 
 
-def _same_device(name: str, t: Tensor, q: Tensor) -> None:
-    if t.device != q.device:
-        raise ValueError(f"{name} is on {t.device} but q is on {q.device}: {shapes(q=q)}, {name} is {tuple(t.shape)}")
+def _same_device(name: str, t: Tensor, **given: Tensor) -> None:
+    if t.device != given["q"].device:
+        raise ValueError(f"{name} is on {t.device} but q is on {given['q'].device}: {shapes(**given, **{name: t})}")
 
 
-def _floating(name: str, t: Tensor, q: Tensor) -> Tensor:
-    if not isinstance(t, Tensor) or not t.dtype.is_floating_point:
-        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}: {shapes(q=q)}")
-    return t
+def _typed(name: str, t: Any, kind: str, **given: Tensor) -> Tensor:
+    """`t`, checked to be a tensor of "floats", "integers" or "bools"."""
+    if isinstance(t, Tensor) and kind == _kind(t.dtype):
+        return t
+    got = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+    raise TypeError(f"{name} must be a tensor of {kind}, got {got}: {shapes(**given)}")
 
 
-def _range(name: str, t: Tensor | None, target: tuple[int, ...], q: Tensor) -> Tensor | None:
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "floats"
+    return "bools" if dtype == torch.bool else "complex numbers" if dtype.is_complex else "integers"
+
+
+def _range(name: str, t: Tensor | None, target: tuple[int, ...], **given: Tensor) -> Tensor | None:
     if t is None:
         return None
-    if t.dtype.is_floating_point or t.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {t.dtype} of shape {tuple(t.shape)}: {shapes(q=q)}")
-    return _fit(name, t.clamp(0, INT32_MAX).to(torch.int32), target, q)
+    most = min(INT32_MAX, torch.iinfo(_typed(name, t, "integers", **given).dtype).max)
+    return _fit(name, t.clamp(0, most).to(torch.int32), target, **given)
 
 
-def _bits(name: str, t: Tensor | None, target: tuple[int, ...], q: Tensor) -> Tensor | None:
+def _bits(name: str, t: Tensor | None, target: tuple[int, ...], **given: Tensor) -> Tensor | None:
     if t is None:
         return None
-    if t.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor, got {t.dtype} of shape {tuple(t.shape)}: {shapes(q=q)}")
-    t = _fit(name, t, target, q)
+    t = _fit(name, _typed(name, t, "bools", **given), target, **given)
     return t.expand(t.shape[0], target[1]) if len(target) == 2 else t
 
 
-def _gate(gate: Tensor, target: tuple[int, int, int, int], q: Tensor) -> Tensor:
+def fit_gate(gate: Tensor, target: tuple[int, int, int, int], q: Tensor, **others: Tensor) -> Tensor:
     """() or (1,) one gate; (Hq,) one a head; (Hq, Dv) one a channel of a head; otherwise the usual broadcasting."""
+    _typed("gate", gate, "floats", q=q, **others)
     if gate.ndim == 1 and gate.shape[0] in (1, target[1]):
         gate = gate[None, :, None, None]
     elif gate.ndim == 2 and gate.shape[0] in (1, target[1]) and gate.shape[1] in (1, target[3]):
         gate = gate[None, :, None, :]
-    return _fit("gate", gate, target, q)
+    return _fit("gate", gate, target, q=q, **others)
 
 
-def _head_scale(scale: Tensor, Hq: int, q: Tensor) -> Tensor:
-    _same_device("scale", _floating("scale", scale, q), q)
+def _head_scale(scale: Tensor, Hq: int, **given: Tensor) -> Tensor:
+    _same_device("scale", _typed("scale", scale, "floats", **given), **given)
     if scale.shape not in ((), (1,), (Hq,)):
         raise ValueError(
-            f"scale must be a float or a tensor of shape () or (Hq,), got {tuple(scale.shape)}: {shapes(q=q)}"
+            f"scale must be a float or a tensor of shape () or ({Hq},), got {tuple(scale.shape)}: {shapes(**given)}"
         )
     return scale.expand(Hq)[None]
 
 
-def _float(name: str, value: float) -> float:
+def _float(name: str, value: Any, **given: Tensor) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}: {shapes(**given)}")
     if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+        raise ValueError(f"{name} must be finite, got {value}: {shapes(**given)}")
     return float(value)
 
 
-def _softcap(softcap: float | None) -> float:
-    if softcap is not None and not _float("softcap", softcap) > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
-    return 0.0 if softcap is None else float(softcap)
+def _softcap(softcap: float | None, **given: Tensor) -> float:
+    if softcap is None:
+        return 0.0
+    if not _float("softcap", softcap, **given) > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}: {shapes(**given)}")
+    return float(softcap)
 
 
-def _dropout(dropout_p: float) -> float:
-    if not 0 <= _float("dropout_p", dropout_p) < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+def _dropout(dropout_p: float, **given: Tensor) -> float:
+    if not 0 <= _float("dropout_p", dropout_p, **given) < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}: {shapes(**given)}")
     return float(dropout_p)
 
 
-def _from_tensor(t: Tensor, bias: Tensor | None, q: Tensor, N: int) -> tuple[Mask, Tensor | None]:
+def _from_tensor(
+    t: Tensor, bias: Tensor | None, target: tuple[int, int, int, int], **given: Tensor
+) -> tuple[Mask, Tensor | None]:
     """SDPA's reading of a mask tensor: bool, True may attend; floating point, added to the logits."""
-    if t.dtype.is_floating_point:
+    kind = _kind(t.dtype)
+    if kind not in ("bools", "floats"):
+        got = f"{t.dtype} of shape {tuple(t.shape)}"
+        raise TypeError(f"mask must be a Mask or a tensor of bools or floats, got {got}: {shapes(**given)}")
+    t = _fit("mask", t, target, **given)
+    if kind == "floats":
         return Mask(), t if bias is None else bias + t
-    if t.dtype != torch.bool:
-        raise TypeError(
-            f"a mask tensor must be bool or floating point, got {t.dtype}: {shapes(q=q)}, mask is {tuple(t.shape)}"
-        )
-    if t.ndim > 4:
-        raise ValueError(f"mask must have at most 4 dimensions: {shapes(q=q)}, mask is {tuple(t.shape)}")
-    t = t[(None,) * (4 - t.ndim)]
     # one bit a key is key padding, which is cheaper than a dense mask
-    return Mask(keys=t[:, 0, 0]) if t.shape[1] == t.shape[2] == 1 and t.shape[3] == N else Mask(visible=t), bias
+    return Mask(keys=t[:, 0, 0]) if t.shape[1] == t.shape[2] == 1 and t.shape[3] == target[3] else Mask(visible=t), bias

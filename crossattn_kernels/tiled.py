@@ -21,6 +21,7 @@ from crossattn_kernels.problem import Inputs, Options
 
 TILE = 2**20  # logits in one tile, all heads together
 KEYS = 1024  # keys in one tile
+FEW = 16  # fewer keys go backward through the tile loop, which is more exact there
 LONG_RUN = 16  # queries that share a range from this many on are a part of their own
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -83,7 +84,7 @@ def backward(
         t = torch.tanh(x.gate.to(wide))
         do = (t * dy).to(dy.dtype)
         if wanted.gate:
-            dgate = ((1 - t * t) * (dy.to(wide) * o).sum_to_size(t.shape)).to(x.gate.dtype)
+            dgate = ((1 - t * t) * (dy.to(wide) * o).double().sum_to_size(t.shape)).to(x.gate.dtype)
     grads = Gradients(
         *(
             torch.zeros(t.shape, dtype=wide, device=t.device) if w else None
@@ -103,7 +104,7 @@ def backward(
         else:
             for piece in _small(x, part):
                 _tile_backward(x, options, free, piece, do, dlse, o, lse, grads)
-    dscale = None if grads.scale is None else grads.scale.sum(2).sum_to_size(x.scale.shape)  # type: ignore[union-attr]
+    dscale = None if grads.scale is None else grads.scale.sum(2, dtype=torch.float64).sum_to_size(x.scale.shape)  # type: ignore[union-attr]
     given = Gradients(x.q, x.k, x.v, x.bias, x.gate, x.scale)
     grads = grads._replace(gate=dgate, scale=dscale)
     return Gradients(*(g if g is None else g.to(t.dtype) for g, t in zip(grads, given)))  # type: ignore[union-attr]
@@ -298,7 +299,7 @@ def _flash_can(
         or x.scale is not None
     ):
         return False
-    if part.keys.start == part.keys.stop or (backward and wanted is not None and wanted.bias):
+    if part.keys.stop - part.keys.start < (FEW if backward else 1) or (backward and wanted is not None and wanted.bias):
         return False
     if free is not None and options.empty_rows == "uniform" and bool(_of(free, part.batch, part.rows).any()):
         return False
@@ -415,6 +416,12 @@ def _tile_forward(x: Inputs, options: Options, free: Tensor | None, part: Part, 
     at = (part.batch, slice(None), part.rows)
     wide = lse.dtype
     q = _of(x.q, part.batch)[:, :, part.rows].to(wide).expand(part.batch.stop - part.batch.start, -1, -1, -1)
+    if 0 < part.keys.stop - part.keys.start <= KEYS:
+        tile = next(_tiles(x, options, free, part, q))
+        p = tile.s.softmax(-1).masked_fill(tile.s == -math.inf, 0)
+        o[at] = _product(_dropped(x, options, part, p), tile.v).to(o.dtype)
+        lse[at] = tile.s.logsumexp(-1)
+        return
     high = torch.full(lse[at].shape, -math.inf, dtype=wide, device=q.device)
     total, acc = torch.zeros_like(high), torch.zeros(o[at].shape, dtype=wide, device=q.device)
     for tile in _tiles(x, options, free, part, q):
@@ -425,8 +432,9 @@ def _tile_forward(x: Inputs, options: Options, free: Tensor | None, part: Part, 
         total = total * alpha + p.sum(-1)
         acc = acc * alpha[..., None] + _product(_dropped(x, options, tile.part, p), tile.v)
         high = new
-    o[at] = (acc / total.masked_fill(total == 0, 1)[..., None]).to(o.dtype)
-    lse[at] = high + torch.log(total.masked_fill(total == 0, 1))
+    total = total.masked_fill(total == 0, 1)
+    o[at] = (acc / total[..., None]).to(o.dtype)
+    lse[at] = high + torch.log(total)
 
 
 def _tile_backward(
@@ -444,18 +452,20 @@ def _tile_backward(
     wide, heads = lse.dtype, x.k.shape[1]
     q = _of(x.q, part.batch)[:, :, part.rows].to(wide).expand(part.batch.stop - part.batch.start, -1, -1, -1)
     do = do[at].to(wide)
-    delta = (do * o[at]).sum(-1, keepdim=True)
-    if dlse is not None:
-        delta = delta - dlse[at][..., None]
+    # keys that fit one tile give p and delta afresh, which is exact where a row sees a single key
+    alone = part.keys.stop - part.keys.start <= KEYS and not options.chunk
     pivot = lse[at].masked_fill(lse[at] == -math.inf, 0)[..., None]
     scale = _scale(x, options, part.batch)
     dq = torch.zeros_like(q)
     for tile in _tiles(x, options, free, part, q):
         hidden = tile.s == -math.inf
-        p = torch.exp(tile.s - pivot).masked_fill(hidden, 0)
+        p = tile.s.softmax(-1) if alone else torch.exp(tile.s - pivot)
+        p = p.masked_fill(hidden, 0)
         kept = _dropped(x, options, tile.part, p)
-        dp = _dropped(x, options, tile.part, _product(do, tile.v.mT))
-        ds = (p * (dp - delta)).masked_fill(hidden, 0)
+        dp = _dropped(x, options, tile.part, _product(do, tile.v.mT)).masked_fill(hidden, 0)
+        delta = (p * dp if alone else do.double() * o[at]).sum(-1, keepdim=True).to(wide)
+        ds = dp - delta  # 0 to the bit where a row sees a single key
+        ds = p * (ds if dlse is None else ds + dlse[at][..., None])
         _add(grads.v, tile.part, tile.part.keys, _transposed_product(kept, do, heads))
         if free is not None and options.empty_rows == "uniform":
             ds = ds.masked_fill(_of(free, part.batch, part.rows)[..., None], 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,20 +15,24 @@ from crossattn_kernels.kernels.bounds import overlaps, query_range, tile_ranges
 from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, scores, through_softcap, touches
 from crossattn_kernels.kernels.softmax import row_state, softmax_grad
 from crossattn_kernels.kernels.tiles import dot, finite, load_rows, load_vec, program, store_rows, store_vec
-from crossattn_kernels.kernels.views import constants, dropout_view, logits_view, view
+from crossattn_kernels.kernels.views import View, constants, dropout_view, logits_view, view
 from crossattn_kernels.problem import Inputs, Options, Problem
 from crossattn_kernels.tiled import Gradients
-from crossattn_kernels.tuning import choose, power_of_two
+from crossattn_kernels.tuning import Config, choose, power_of_two
 
 
 @triton.jit
 def delta_kernel(o, do, dlse, delta, Hq, M, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
-    """delta = rowsum(o * do) - dlse for BLOCK_M queries; with a gate on whole rows y and dy give the same."""
+    """delta = rowsum(o * do) - dlse for BLOCK_M queries; with a gate on whole rows y and dy give the same.
+
+    fp32 tensors are summed in fp64: dp - delta cancels, and this kernel waits for memory anyway.
+    """
     tile, b, h = program(tl.cdiv(M, BLOCK_M), Hq)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     dv = tl.arange(0, BLOCK_DV)
-    o_tile = load_rows(o, b, h, rows, dv, M, DV).to(tl.float32)
-    total = tl.sum(o_tile * load_rows(do, b, h, rows, dv, M, DV).to(tl.float32), 1)
+    wide: tl.constexpr = tl.float64 if o.ptr.dtype.element_ty == tl.float32 else tl.float32
+    o_tile, do_tile = load_rows(o, b, h, rows, dv, M, DV).to(wide), load_rows(do, b, h, rows, dv, M, DV).to(wide)
+    total = tl.sum(o_tile * do_tile, 1).to(tl.float32)
     if dlse is not None:
         total -= load_vec(dlse, b, h, rows, M, 0.0)
     store_vec(delta, b, h, rows, M, total)
@@ -34,7 +41,7 @@ def delta_kernel(o, do, dlse, delta, Hq, M, DV: tl.constexpr, BLOCK_DV: tl.const
 @triton.jit
 def dq_kernel(q, k, v, do, dq, lse, delta, row_gate, gate_sum, scale_sum, logits, drop, batches, Hq, M, N,
               GROUP: tl.constexpr, HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-              BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+              BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr):  # fmt: skip
     """dq = scale * ds k for BLOCK_M queries of one (b, h), summed over the `batches` that share them.
 
     On the way: gate_sum = rowsum(p * dy vᵀ) = rowsum(dy * o), and scale_sum = rowsum(q * ds k) = rowsum(ds * q kᵀ).
@@ -60,7 +67,7 @@ def dq_kernel(q, k, v, do, dq, lse, delta, row_gate, gate_sum, scale_sum, logits
                 dov = dot(do_tile, v_tile.T, None, PRECISION)
                 s = scores(qk, logits, scale, b, h, rows[:, None], keys[None, :], M, N)
                 p, ds = softmax_grad(
-                    s, dov * t[:, None], lse2[:, None], delta_rows[:, None], drop, b, h, rows[:, None], keys[None, :]
+                    s, dov * t[:, None], lse2[:, None], delta_rows[:, None], drop, b, h, rows[:, None], keys[None, :], 1, ALONE
                 )
                 if gate_sum is not None:
                     gated += tl.sum(tl.where(p == 0.0, 0.0, p * dov), 1)
@@ -77,7 +84,7 @@ def dq_kernel(q, k, v, do, dq, lse, delta, row_gate, gate_sum, scale_sum, logits
 @triton.jit
 def dkv_kernel(q, k, v, do, dk, dv, lse, delta, row_gate, logits, drop, ranges, batches, Hq, M, N,
                GROUP: tl.constexpr, HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr):  # fmt: skip
     """dv = pᵀ do and dk = scale * dsᵀ q for BLOCK_N keys of one (b, key head), summed over the GROUP query heads and the
     `batches` that share them.  sᵀ = k qᵀ is computed as such: no product takes a transposed accumulator."""
     tile, shared, hk = program(tl.cdiv(N, BLOCK_N), Hq // GROUP)
@@ -102,7 +109,7 @@ def dkv_kernel(q, k, v, do, dk, dv, lse, delta, row_gate, logits, drop, ranges, 
                 vdo = dot(v_tile, do_tile.T, None, PRECISION) * t[None, :]
                 s = scores(kq, logits, scale, b, h, rows[None, :], keys[:, None], M, N)
                 p, ds = softmax_grad(
-                    s, vdo, lse2[None, :], delta_rows[None, :], drop, b, h, rows[None, :], keys[:, None]
+                    s, vdo, lse2[None, :], delta_rows[None, :], drop, b, h, rows[None, :], keys[:, None], 0, ALONE
                 )
                 ds = through_softcap(logit_grad(ds, logits, b, h, rows[None, :], M), kq, logits, scale) * scale
                 dv_acc = dot((p * t[None, :]).to(do_tile.dtype), do_tile, dv_acc, PRECISION)
@@ -126,7 +133,7 @@ def backward(
     if x.gate is not None and x.gate_varies:
         t = torch.tanh(x.gate.float())
         do = (t * dy).to(dy.dtype)
-        dgate = ((1 - t * t) * (dy.float() * o).sum_to_size(t.shape)).to(x.gate.dtype) if wanted.gate else None
+        dgate = ((1 - t * t) * (dy.float() * o).double().sum_to_size(t.shape)).to(x.gate.dtype) if wanted.gate else None
     saved = Saved(x, options, do if do.stride(3) == 1 else do.contiguous(), o, dlse, lse, free)
     dq, row_dgate, dscale = saved.dq(wanted) if wanted.q or wanted.scale or wanted.gate else (None, None, None)
     dk, dv = saved.dkv() if wanted.k or wanted.v else (None, None)
@@ -151,14 +158,32 @@ class Saved:
         self.do, self.lse = view(do), view(lse)
         self.row_gate = None if x.gate is None or x.gate_varies else view(x.gate[..., 0], B, Hq, M)
         self.logits, self.drop = logits_view(x, options, free), dropout_view(x, options)
-        delta = torch.empty_like(lse)
-        self.delta = view(delta)
+        self.o, self.dlse = view(o), dlse
+
+    def constants(self, config: Config) -> dict[str, Any]:
+        return dict(ALONE=self.alone(config), **constants(self.problem, config))
+
+    def alone(self, config: Config) -> bool:
+        """One tile holds all keys of the softmax."""
+        return self.problem.N <= config.BLOCK_N and not self.options.chunk
+
+    def delta(self, config: Config) -> View:
+        """rowsum(o * do) - dlse, or -dlse where a kernel with this tile finds the rest itself."""
+        if self.alone(config):
+            return view(self.lse.ptr.new_zeros(()) if self.dlse is None else -self.dlse, *self.lse.ptr.shape)
+        return self.full_delta
+
+    @cached_property
+    def full_delta(self) -> View:
+        B, Hq, M, _ = self.x.sizes
+        delta = torch.empty_like(self.lse.ptr)
+        BLOCK_M, BLOCK_DV = 64, max(16, power_of_two(self.problem.Dv))
         if delta.numel():
-            BLOCK_M, BLOCK_DV = 64, max(16, power_of_two(self.problem.Dv))
             delta_kernel[(triton.cdiv(M, BLOCK_M) * B * Hq,)](
-                view(o), self.do, view(dlse), self.delta, Hq, M,
+                self.o, self.do, view(self.dlse), view(delta), Hq, M,
                 DV=self.problem.Dv, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M, enable_fp_fusion=True,
             )  # fmt: skip
+        return view(delta)
 
     def dq(self, wanted: Gradients) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(dq, dgate, dscale); dgate only of a gate on whole rows."""
@@ -170,17 +195,17 @@ class Saved:
         scale_sum = sums[: x.q.shape[0]] if wanted.scale else None
         if sums.numel():
             dq_kernel[(triton.cdiv(M, config.BLOCK_M) * x.q.shape[0] * Hq,)](
-                self.q, self.k, self.v, self.do, view(dq), self.lse, self.delta, self.row_gate, view(gate_sum),
-                view(scale_sum), self.logits, self.drop, B // x.q.shape[0], Hq, M, N, **constants(self.problem, config),
+                self.q, self.k, self.v, self.do, view(dq), self.lse, self.delta(config), self.row_gate, view(gate_sum),
+                view(scale_sum), self.logits, self.drop, B // x.q.shape[0], Hq, M, N, **self.constants(config),
             )  # fmt: skip
         else:
             dq.zero_()
         dgate = dscale = None
         if gate_sum is not None:
             t = torch.tanh(x.gate.float())  # type: ignore[union-attr]
-            dgate = ((1 - t * t) * gate_sum[..., None].sum_to_size(t.shape)).to(x.gate.dtype)  # type: ignore[union-attr]
+            dgate = ((1 - t * t) * gate_sum[..., None].double().sum_to_size(t.shape)).to(x.gate.dtype)  # type: ignore[union-attr]
         if scale_sum is not None:
-            dscale = scale_sum.sum(2).sum_to_size(x.scale.shape).to(x.scale.dtype)  # type: ignore[union-attr]
+            dscale = scale_sum.sum(2, dtype=torch.float64).sum_to_size(x.scale.shape).to(x.scale.dtype)  # type: ignore[union-attr]
         return dq, dgate, dscale
 
     def dkv(self) -> tuple[Tensor, Tensor]:
@@ -190,9 +215,9 @@ class Saved:
         entries, Hk = x.k.shape[:2]
         if B * Hk * N:
             dkv_kernel[(triton.cdiv(N, config.BLOCK_N) * entries * Hk,)](
-                self.q, self.k, self.v, self.do, view(dk), view(dv), self.lse, self.delta, self.row_gate, self.logits,
+                self.q, self.k, self.v, self.do, view(dk), view(dv), self.lse, self.delta(config), self.row_gate, self.logits,
                 self.drop, tile_ranges(x, self.options, self.free, config.BLOCK_M), B // entries, Hq, M, N,
-                **constants(self.problem, config),
+                **self.constants(config),
             )  # fmt: skip
         else:
             dk.zero_(), dv.zero_()

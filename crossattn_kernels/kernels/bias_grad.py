@@ -12,7 +12,7 @@ from torch import Tensor
 from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, scores, touches
 from crossattn_kernels.kernels.softmax import row_state, softmax_grad
 from crossattn_kernels.kernels.tiles import at, dot, load_rows, program, wide
-from crossattn_kernels.kernels.views import constants, view
+from crossattn_kernels.kernels.views import view
 from crossattn_kernels.tuning import choose
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def bias_grad_kernel(q, k, v, do, dbias, lse, delta, row_gate, logits, drop, batches, heads, Hb, Hq, M, N,
                      SUM_M: tl.constexpr, SUM_N: tl.constexpr,
                      GROUP: tl.constexpr, HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-                     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr):  # fmt: skip
     """One tile of dbias: ds summed over `batches` and `heads`, over all queries with SUM_M and all keys with SUM_N."""
     m_tiles = 1 if SUM_M else tl.cdiv(M, BLOCK_M)
     n_tiles = 1 if SUM_N else tl.cdiv(N, BLOCK_N)
@@ -54,7 +54,7 @@ def bias_grad_kernel(q, k, v, do, dbias, lse, delta, row_gate, logits, drop, bat
                     )
                     dov = dot(do_tile, v_tile.T, None, PRECISION) * t[:, None]
                     _, ds = softmax_grad(
-                        s, dov, lse2[:, None], delta_rows[:, None], drop, b, h, rows[:, None], keys[None, :]
+                        s, dov, lse2[:, None], delta_rows[:, None], drop, b, h, rows[:, None], keys[None, :], 1, ALONE
                     )
                     acc += logit_grad(ds, logits, b, h, rows[:, None], M)
     rows, keys = wide(m_first + tl.arange(0, BLOCK_M)), wide(n_first + tl.arange(0, BLOCK_N))
@@ -83,7 +83,7 @@ def bias_grad(saved: Saved) -> Tensor:
     config = choose(saved.problem, "bias_grad")
     tiles = (triton.cdiv(M, config.BLOCK_M) if Mb == M else 1) * (triton.cdiv(N, config.BLOCK_N) if Nb == N else 1)
     bias_grad_kernel[(tiles * lead[0] * lead[1],)](
-        saved.q, saved.k, saved.v, saved.do, view(dbias), saved.lse, saved.delta, saved.row_gate, saved.logits, saved.drop,
-        batches, heads, lead[1], Hq, M, N, SUM_M=Mb != M, SUM_N=Nb != N, **constants(saved.problem, config),
+        saved.q, saved.k, saved.v, saved.do, view(dbias), saved.lse, saved.delta(config), saved.row_gate, saved.logits, saved.drop,
+        batches, heads, lead[1], Hq, M, N, SUM_M=Mb != M, SUM_N=Nb != N, **saved.constants(config),
     )  # fmt: skip
     return dbias.sum_to_size(bias.shape).to(bias.dtype)

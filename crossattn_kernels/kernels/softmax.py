@@ -69,12 +69,22 @@ def row_state(lse, delta, row_gate, b, h, rows, M):
 
 
 @triton.jit
-def softmax_grad(s, dp, lse2, delta, drop, b, h, rows, keys):
-    """(p, ds) of a tile from its logits and dp = do vᵀ; p as it multiplied v.  Hidden entries are 0, whatever dp is."""
+def softmax_grad(s, dp, lse2, delta, drop, b, h, rows, keys, KEYS: tl.constexpr, ALONE: tl.constexpr):
+    """(p, ds) of a tile from its logits and dp = do vᵀ; p as it multiplied v.  Hidden entries are 0, whatever dp is.
+
+    KEYS is the axis of the keys.  A tile that holds ALONE all keys gives p and rowsum(o * do) = rowsum(p * dp) afresh,
+    which is exact where a row sees a single key; `delta` is then -dlse alone.
+    """
     hidden = s == float("-inf")
-    p = tl.where(hidden, 0.0, tl.exp2(s - safe(lse2)))
-    ds = tl.where(hidden, 0.0, p * (kept(dp, drop, b, h, rows, keys) - delta))
-    return kept(p, drop, b, h, rows, keys), ds
+    dp = tl.where(hidden, 0.0, kept(dp, drop, b, h, rows, keys))
+    if ALONE:
+        p = tl.exp2(s - safe(tl.max(s, KEYS, keep_dims=True)))
+        total = tl.sum(p, KEYS, keep_dims=True)
+        p = p / tl.where(total == 0.0, 1.0, total)
+        dp -= tl.sum(p * dp, KEYS, keep_dims=True)
+    else:
+        p = tl.where(hidden, 0.0, tl.exp2(s - safe(lse2)))
+    return kept(p, drop, b, h, rows, keys), p * (dp - delta)
 
 
 @triton.jit

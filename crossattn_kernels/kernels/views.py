@@ -51,7 +51,7 @@ class Dropout(NamedTuple):
     first_key: int
 
 
-def view(t: Tensor | None, *shape: int) -> View | None:
+def view(t: Tensor | None, *shape: int) -> Any:
     """`t` broadcast to `shape` (as it is without one)."""
     if t is None:
         return None

@@ -1,0 +1,280 @@
+"""Keys and values that arrive in pieces: one softmax over their concatenation, which never exists.
+
+Each chunk gives a state (o, lse) of its own; `merge` joins them.  In the backward every chunk sees the joint lse and
+output, so its gradients are those of the whole.  Chunks given as callables are called again there, one at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossattn_kernels.functional import BACKENDS, autocast, choose, draw_seed
+from crossattn_kernels.masks import Mask
+from crossattn_kernels.problem import EMPTY_ROWS, Inputs, Options, Problem, canonical, fit_gate, one_of, shapes
+
+Pair = tuple[Tensor, Tensor]
+Chunk = Pair | Callable[[], Pair]
+forward_op, backward_op = torch.ops.crossattn.forward, torch.ops.crossattn.backward
+
+
+def cross_attention_chunked(
+    q: Tensor,
+    chunks: Sequence[Chunk],
+    *,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    empty_rows: str = "zero",
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`cross_attention(q, k, v)` where k and v are the chunks laid end to end, without laying them end to end.
+
+    q: (B, Hq, M, D); chunks: a sequence of (k, v), each (B, Hk, n, D) and (B, Hk, n, Dv) with its own n (0 as well), or of
+    callables without arguments that return such a pair.  A callable is called in the forward and again in the backward,
+    so what it computes must not change between; its k and v, and their gradients, live only while its chunk is worked on.
+    Gradients reach the leaf tensors it captures (the parameters of its projections); a tensor that is itself the result
+    of a computation has to be an argument, `functools.partial(project, context)`.
+
+    mask and bias: over all keys, N the sum of the chunks.  The others as in `cross_attention`; scale is a number here.
+    An empty list of chunks gives o = 0 and lse = -inf, in q's head size.
+    Raises as `cross_attention` does, and NotImplementedError for `empty_rows` other than "zero" together with a mask:
+    whether a row is empty would be known only after the last chunk.
+    """
+    one_of("empty_rows", empty_rows, EMPTY_ROWS)
+    reasons = [
+        (backend == "reference", "backend='reference' has no chunks"),
+        (isinstance(scale, Tensor), "scale must be a number, so multiply q by a learnable one"),
+        (
+            mask is not None and empty_rows != "zero",
+            f"with empty_rows={empty_rows!r} and a mask, a row is known to be empty only after the last chunk",
+        ),
+    ]
+    if any(holds for holds, _ in reasons):
+        why = "; ".join(reason for holds, reason in reasons if holds)
+        raise NotImplementedError(f"cross_attention_chunked cannot serve this call: {why}")
+    one_of("backend", backend, (None, *BACKENDS))
+    (cast_q,) = autocast(q)
+    settings = Settings(mask, scale, softcap, dropout_p, backend, cast=cast_q is not q)
+    seed = draw_seed(q.device, generator) if dropout_p else None
+    o, lse, plan = _forward(cast_q.detach(), chunks, bias, seed, settings)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (cast_q, bias, *plan.inputs) if t is not None):
+        o, lse = Chunked.apply(plan, o, lse, seed, cast_q, bias, *plan.inputs)
+    if gate is not None:
+        t = torch.tanh(fit_gate(gate, tuple(o.shape), q))
+        o = torch.empty_like(o).copy_(t * o) if not torch.is_grad_enabled() else (t * o).to(o.dtype)
+    return (o, lse) if return_lse else o
+
+
+def merge(o: Tensor, lse: Tensor, o_chunk: Tensor, lse_chunk: Tensor) -> tuple[Tensor, Tensor]:
+    """The state over both sets of keys: o (..., M, Dv), lse (..., M), both fp32 or wider.
+
+    Associative and commutative up to rounding.  Two empty states (lse = -inf) make an empty state.
+    """
+    joint = torch.logaddexp(lse, lse_chunk)
+    pivot = joint.masked_fill(joint == -torch.inf, 0)
+    return torch.exp(lse - pivot)[..., None] * o + torch.exp(lse_chunk - pivot)[..., None] * o_chunk, joint
+
+
+class Settings(NamedTuple):
+    """What all chunks have in common besides tensors."""
+
+    mask: Mask | None
+    scale: float | None
+    softcap: float | None
+    dropout_p: float
+    backend: str | None
+    cast: bool  # k and v to q's dtype, under autocast
+
+
+class Piece(NamedTuple):
+    """One chunk: how to get it, where its keys lie in the whole, which of the plan's inputs it depends on."""
+
+    chunk: Chunk
+    first: int
+    last: int
+    inputs: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """All pieces, and every tensor they depend on, each once."""
+
+    pieces: list[Piece]
+    inputs: list[Tensor]
+    settings: Settings
+
+
+def _forward(
+    q: Tensor, chunks: Sequence[Chunk], bias: Tensor | None, seed: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor, Plan]:
+    plan = Plan([], [], settings)
+    state: tuple[Tensor, Tensor] | None = None
+    first = 0
+    for chunk in chunks:
+        k, v, ends = _evaluate(chunk)
+        piece = Piece(chunk, first, first + k.shape[2], tuple(_index(plan.inputs, t) for t, _ in ends))
+        plan.pieces.append(piece)
+        with torch.no_grad():
+            x, options, backend = _call(q, k, v, bias, seed, piece, settings)
+            o, _, lse, _ = forward_op(*x, *options, backend)
+            state = (o.to(lse.dtype), lse) if state is None else merge(*state, o.to(lse.dtype), lse)
+        first = piece.last
+    _check_widths(settings.mask, bias, first, q)
+    B, Hq, M, D = q.shape
+    if state is None:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        state = q.new_zeros(B, Hq, M, D), q.new_full((B, Hq, M), -torch.inf, dtype=wide)
+    o = state[0]
+    return q.new_empty(o.shape[0], M, Hq, o.shape[3]).transpose(1, 2).copy_(o), state[1], plan
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, piece: Piece, settings: Settings
+) -> tuple[Inputs, Options, str]:
+    """The canonical call of one chunk."""
+    k, v = (t.detach().to(q.dtype) if settings.cast else t.detach() for t in (k, v))
+    mask = None if settings.mask is None else settings.mask.slice_keys(piece.first, piece.last)
+    if bias is not None:
+        bias = _columns(bias.detach(), piece)
+    x, options = canonical(
+        q, k, v, mask, bias=bias, scale=settings.scale, softcap=settings.softcap, dropout_p=settings.dropout_p
+    )
+    backend = choose(Problem.of(x), settings.backend)
+    # tensors expanded over the batch stay so: their gradients are summed by whoever expanded them
+    return x._replace(q=q, k=k, v=v, seed=seed), options._replace(first_key=piece.first, chunk=True), backend
+
+
+def _columns(bias: Tensor, piece: Piece) -> Tensor:
+    return bias[..., piece.first : piece.last] if bias.shape[-1] > 1 else bias
+
+
+def _check_widths(mask: Mask | None, bias: Tensor | None, N: int, q: Tensor) -> None:
+    """Chunks see slices, so only here a mask or bias that is wider than all of them shows."""
+    widths = {"bias": (bias, N)}
+    if mask is not None:
+        widths |= {"mask.keys": (mask.keys, N), "mask.visible": (mask.visible, -(-N // mask.key_group))}
+    for name, (t, width) in widths.items():
+        if t is not None and t.shape[-1] not in (1, width):
+            raise ValueError(f"{name} must cover the {N} keys of all chunks, got {tuple(t.shape)}: {shapes(q=q)}")
+
+
+class Chunked(torch.autograd.Function):
+    """(o, lse) as `_forward` found them, with the gradients of q, the bias and everything the chunks depend on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, o: Tensor, lse: Tensor, seed: Tensor | None, q: Tensor, bias: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(o, lse, seed, q, bias, *inputs)
+        return o.view_as(o), lse.view_as(lse)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        o, lse, seed, q, bias, *inputs = ctx.saved_tensors
+        need_q, need_bias, *need = ctx.needs_input_grad[4:]
+        do = torch.zeros_like(o) if do is None else do
+        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if need_q else None
+        dbias = torch.zeros(bias.shape, dtype=lse.dtype, device=q.device) if need_bias else None
+        grads: list[Tensor | None] = [None] * len(inputs)
+        none = q.new_empty(0)
+        for piece in ctx.plan.pieces:
+            needed = any(need[i] for i in piece.inputs)
+            k, v, ends = _evaluate(piece.chunk)
+            x, options, backend = _call(q, k, v, bias, seed, piece, ctx.plan.settings)
+            wanted = [need_q, needed, needed, need_bias, False, False]
+            dq_part, dk, dv, dbias_part, _, _ = backward_op(
+                do, dlse, o, none, lse, none.bool(), wanted, *x, *options, backend
+            )
+            if dq is not None:
+                dq += dq_part
+            if dbias is not None:
+                _columns(dbias, piece).add_(dbias_part.sum_to_size(_columns(dbias, piece).shape))
+            if needed:
+                _carry(piece, (k, v), (dk, dv), [end for _, end in ends], grads)
+        dq = None if dq is None else dq.to(q.dtype)
+        dbias = None if dbias is None else dbias.to(bias.dtype)
+        return (None, None, None, None, dq, dbias, *grads)
+
+
+def _carry(piece: Piece, pair: Pair, grads_of_pair: Pair, ends: list[Tensor], grads: list[Tensor | None]) -> None:
+    """Carry dk and dv to what the chunk depends on."""
+    outputs = [(t, d.to(t.dtype)) for t, d in zip(pair, grads_of_pair) if t.requires_grad]
+    found = torch.autograd.grad([t for t, _ in outputs], ends, [d for _, d in outputs], allow_unused=True)
+    for i, grad in zip(piece.inputs, found):
+        before = grads[i]
+        grads[i] = before if grad is None else grad if before is None else before + grad
+
+
+# ---- what a chunk depends on ----
+
+
+def _evaluate(chunk: Chunk) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """(k, v, ends): ends are pairs of a tensor that wants a gradient and what stands for it in the graph of k and v."""
+    if not callable(chunk):
+        k, v = chunk
+        return k, v, [(t, t) for t in (k, v) if t.requires_grad]
+    with torch.enable_grad():
+        function, ends = _cut(chunk)
+        start = torch.ones((), requires_grad=True).neg().grad_fn._sequence_nr()  # type: ignore[union-attr]
+        k, v = function()
+    return k, v, ends + [(t, t) for t in _leaves(k, v, start, {id(end) for _, end in ends})]
+
+
+def _cut(chunk: Callable[[], Pair]) -> tuple[Callable[[], Pair], list[tuple[Tensor, Tensor]]]:
+    """The tensor arguments of a `functools.partial` become leaves of the chunk's own graph."""
+    if not isinstance(chunk, functools.partial):
+        return chunk, []
+    ends: list[tuple[Tensor, Tensor]] = []
+
+    def cut(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.requires_grad:
+            return t
+        ends.append((t, t.detach().requires_grad_()))
+        return ends[-1][1]
+
+    args, keywords = tuple(map(cut, chunk.args)), {name: cut(t) for name, t in chunk.keywords.items()}
+    return functools.partial(chunk.func, *args, **keywords), ends
+
+
+def _leaves(k: Tensor, v: Tensor, start: int, known: set[int]) -> list[Tensor]:
+    """Leaf tensors that k and v were computed from; nodes older than `start` were not made by the chunk."""
+    nodes = [t.grad_fn for t in (k, v) if t.grad_fn is not None]
+    leaves = [t for t in (k, v) if t.requires_grad and t.is_leaf]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            leaves.append(leaf)
+        elif node._sequence_nr() < start:
+            raise ValueError(
+                f"a chunk captured the result of a computation ({node.name()}), through which its gradient cannot be carried: "
+                "pass it as an argument, functools.partial(project, context)"
+            )
+        else:
+            nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    unique = {id(t): t for t in leaves}
+    return [t for i, t in unique.items() if i not in known]
+
+
+def _index(known: list[Tensor], t: Tensor) -> int:
+    for i, other in enumerate(known):
+        if other is t:
+            return i
+    known.append(t)
+    return len(known) - 1
