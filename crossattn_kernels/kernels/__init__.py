@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import triton
-
 from crossattn_kernels.kernels.backward import backward
 from crossattn_kernels.kernels.forward import forward
+from crossattn_kernels.kernels.tiles import INTERPRETED
 from crossattn_kernels.problem import Problem
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -14,7 +13,7 @@ __all__ = ["backward", "forward", "unsupported"]
 def unsupported(problem: Problem) -> tuple[str, ...]:
     """Every reason why the kernels cannot serve a problem."""
     reasons = []
-    if problem.device.type != "cuda" and not (problem.device.type == "cpu" and triton.knobs.runtime.interpret):
+    if problem.device.type != "cuda" and not (problem.device.type == "cpu" and INTERPRETED.value):
         reasons.append(f"the tensors are on {problem.device}, not on a GPU")
     if problem.dtype.itemsize > 4:
         reasons.append(f"{problem.dtype} is wider than fp32")

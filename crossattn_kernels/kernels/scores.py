@@ -13,6 +13,7 @@ from crossattn_kernels.kernels.softmax import tanh
 from crossattn_kernels.kernels.tiles import at, load_vec, wide
 
 LOG2E = tl.constexpr(math.log2(math.e))
+LOWEST = tl.constexpr(-2.0**127)  # times LOG2E still finite: a bias of finfo.min, which many models mean by hidden, is no -inf
 
 
 @triton.jit
@@ -34,11 +35,12 @@ def scores(qk, logits, scale, b, h, rows, keys, M, N):
     if logits.bias is not None:
         exists = (rows < M) & (keys < N)
         bias = tl.load(at(logits.bias, (b, h, wide(rows), wide(keys))), mask=exists, other=0.0).to(tl.float32)
-        s += bias * LOG2E
+        s += tl.maximum(bias, LOWEST) * LOG2E
         seen &= bias != float("-inf")  # also where the product is NaN
     seen &= visible(logits.mask, b, h, rows, keys, M, N)
     if logits.mask.flat is not None:
-        s = tl.where(row_bit(logits.mask.flat, b, h, rows, M), 0.0, s)
+        flat = row_bit(logits.mask.flat, b, h, rows, M)
+        s, seen = tl.where(flat, 0.0, s), seen | (flat & (keys < N))
     return tl.where(seen, s, float("-inf"))
 
 

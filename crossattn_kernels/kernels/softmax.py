@@ -84,7 +84,7 @@ def softmax_grad(s, dp, lse2, delta, drop, b, h, rows, keys, KEYS: tl.constexpr,
         dp -= tl.sum(p * dp, KEYS, keep_dims=True)
     else:
         p = tl.where(hidden, 0.0, tl.exp2(s - safe(lse2)))
-    return kept(p, drop, b, h, rows, keys), p * (dp - delta)
+    return kept(p, drop, b, h, rows, keys), tl.where(hidden, 0.0, p * (dp - delta))
 
 
 @triton.jit

@@ -16,14 +16,14 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# by the padded head size; chosen by registers, spills and shared memory as compiled for sm_80 and sm_90, not yet by time
+# by the padded head size; chosen by registers, spills and shared memory as compiled for sm_90, not yet by time
 HALF = {
-    "forward": {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-    "dq": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
+    "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    "dq": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 4, 1)},
     "dkv": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
     "bias_grad": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
 }
-FULL = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)}
+FULL = {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
 
 
 def choose(problem: Problem, kernel: str) -> Config:

@@ -1,0 +1,175 @@
+"""`make gpu`: parity of the compiled kernels on an NVIDIA GPU, at real sizes; writes bench/results/<gpu>-parity.json.
+
+Needs nothing but a python3 with torch and Triton.  Every launch configuration that ships is among the cases: each dtype,
+each padded head size, each kernel, each field of the mask.  Exits 1 when a result is over its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton
+
+from crossattn_kernels import Mask, cross_attention, cross_attention_chunked, explain
+from crossattn_kernels.testing import FEATURES, SIZES, Case, Row, check, draw, poisoned, run, with_dtypes
+
+HALF = (torch.bfloat16, torch.float16)
+REAL = replace(FEATURES[0], B=2, Hq=8, Hk=4, M=777, N=1030, D=64)
+# the battery with tiles enough to be cut, and the shapes of published models
+FEATURES = [replace(REAL, **{f: getattr(c, f) for f in vars(c) if f not in ("B", "Hq", "Hk", "M", "N", "D", "Dv")}) for c in FEATURES]
+SIZES = [replace(c, M=c.M if "x" in c.name else 333, N=c.N if "x" in c.name else 401) if c.M * c.N else c for c in SIZES]
+MODELS = [
+    Case("SDXL 4096 x 77", 2, 10, 10, 4096, 77, 64, source="SDXL U-Net, 64 x 64 latents"),
+    Case("SD1.5 4096 x 77", 2, 8, 8, 4096, 77, 40, source="SD 1.5 U-Net"),
+    Case("SD1.5 256 x 77", 2, 8, 8, 256, 77, 160, source="SD 1.5 U-Net"),
+    Case("Wan 8190 x 512", 1, 40, 40, 8190, 512, 128, source="Wan 14B, a quarter of 480p"),
+    Case("Flamingo", 4, 8, 8, 1024, 320, 64, mask="media", gate="scalar", source="OpenFlamingo, 5 images"),
+    Case("Idefics", 2, 32, 32, 1024, 320, 128, mask="media", empty_rows="uniform", source="Idefics 9B"),
+    Case("Llama-3.2-Vision", 1, 32, 8, 1024, 6404, 128, mask="tiles", empty_rows="attend_all", source="4 tiles of 1601"),
+    Case("Llama-3.2-Vision decode", 8, 32, 8, 1, 6404, 128, source="one token"),
+    Case("Perceiver", 8, 16, 16, 64, 2112, 96, share="q expanded", source="Idefics perceiver, learned latents"),
+    Case("Q-Former", 16, 12, 12, 32, 257, 64, share="q", dropout_p=0.1, source="BLIP-2"),
+    Case("Whisper", 4, 20, 20, 448, 1500, 64, scale=1.0 / 8, source="Whisper large"),
+    Case("Whisper beams", 5, 20, 20, 1, 1500, 64, share="kv expanded", source="one audio, five beams"),
+    Case("T5", 2, 32, 32, 512, 512, 64, scale=1.0 / 8, mask="padding", bias=(0, 1, 1, 1), source="T5 XL with a position bias"),
+    Case("T5Gemma", 2, 8, 4, 333, 444, 256, softcap=50.0, source="T5Gemma"),
+    Case("Mask2Former", 2, 8, 8, 100, 4096, 32, mask="head dense", empty_rows="attend_all", source="Mask2Former"),
+    Case("GroundingDINO", 1, 4, 4, 4000, 200, 256, mask="padding", source="image to text"),
+]  # fmt: skip
+
+
+def cases() -> list[Case]:
+    small = [c for c in with_dtypes(FEATURES, torch.float32, *HALF)]
+    sizes = [c for c in with_dtypes(SIZES, torch.float32, *HALF)]
+    return small + sizes + with_dtypes(MODELS, *HALF) + with_dtypes(MODELS[:1] + MODELS[4:5], torch.float32)
+
+
+def bitwise() -> list[Row]:
+    """Two runs: the number of elements that differ, of which none may."""
+    case = next(c for c in FEATURES if c.name == "everything")
+    call = draw(replace(case, dtype=torch.bfloat16), "cuda")
+    first = run(call, "triton")
+    runs = [run(call, "triton") for _ in range(5)]
+    return [Row(n, float(sum((r[n] != t).sum().item() for r in runs)), 0.0) for n, t in first.items()]
+
+
+def many_programs() -> list[Row]:
+    """B * H beyond 65,535."""
+    q, k, v = (torch.randn(35_000, 2, n, 16, device="cuda", dtype=torch.bfloat16) for n in (17, 5, 5))
+    y = cross_attention(q, k, v)
+    exact = cross_attention(*(t[-3:].double() for t in (q, k, v)), backend="reference")
+    eager = cross_attention(*(t[-3:] for t in (q, k, v)), backend="reference")
+    error, yardstick = ((t.double() - exact).abs().max().item() for t in (y[-3:], eager))
+    return [Row("y", error, 2 * yardstick + torch.finfo(y.dtype).eps / 2 * exact.abs().max().item())]
+
+
+def beyond_int32() -> list[Row]:
+    """Keys whose offsets pass 2^31 elements."""
+    N = 2**31 // (64 * 64) + 99
+    k = torch.randn(1, N, 64, 64, device="cuda", dtype=torch.bfloat16)[:, :, :1].transpose(1, 2)
+    q = torch.randn(1, 1, 3, 64, device="cuda", dtype=torch.bfloat16)
+    mask = Mask(torch.full((1, 1, 1), N - 50, device="cuda"))
+    y = cross_attention(q, k, k, mask)
+    near = k[:, :, -50:].contiguous()
+    return [Row("y", (y - cross_attention(q, near, near)).abs().max().item(), torch.finfo(y.dtype).eps * near.abs().max().item())]
+
+
+def chunks() -> list[Row]:
+    """Three chunks against their concatenation."""
+    q, k, v = (torch.randn(2, 8, n, 64, device="cuda", dtype=torch.bfloat16) for n in (300, 900, 900))
+    y = cross_attention_chunked(q, list(zip(k.split(300, 2), v.split(300, 2))))
+    exact = cross_attention(*(t.double() for t in (q, k, v)), backend="reference")
+    eager = cross_attention(q, k, v, backend="reference")
+    error, yardstick = ((t.double() - exact).abs().max().item() for t in (y, eager))
+    return [Row("y", error, 2 * yardstick + torch.finfo(y.dtype).eps / 2 * exact.abs().max().item())]
+
+
+def graph() -> list[Row]:
+    """A CUDA graph of forward and backward: nothing in a call waits for the device."""
+    case = replace(REAL, name="graph", dtype=torch.bfloat16, mask="ranges", gate="head")
+    call = draw(case, "cuda")
+    leaves = {n: t.clone().requires_grad_() for n, t in call.tensors.items()}
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y = cross_attention(**leaves, mask=call.mask)
+        return y, *torch.autograd.grad(y, list(leaves.values()), call.dy)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        eager = step()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        results = step()
+    captured.replay()
+    torch.cuda.synchronize()
+    return [Row(f"result {i}", float((a != b).sum().item()), 0.0) for i, (a, b) in enumerate(zip(results, eager))]
+
+
+CHECKS = dict(bitwise=bitwise, many_programs=many_programs, beyond_int32=beyond_int32, chunks=chunks, graph=graph)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-k", default="", help="only cases whose name contains this")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the report")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("make gpu needs an NVIDIA GPU that this torch can use; there is none")
+        return 2
+    warnings.filterwarnings("ignore", message=".*deterministic")  # of the reference, not of the kernels
+    began, records, bad = time.time(), [], 0
+    jobs = {str(c): (lambda c=c: check(c, "triton", "cuda")) for c in cases()} | CHECKS
+    for name, job in jobs.items():
+        if args.k not in name:
+            continue
+        try:
+            if name in CHECKS:  # a graph cannot be captured while fresh memory is being filled
+                rows, failure = job(), None
+            else:
+                with poisoned(strict=False):
+                    rows, failure = job(), None
+        except Exception:
+            rows, failure = [], traceback.format_exc(limit=-3)
+        ok = failure is None and all(r.ok for r in rows)
+        bad += not ok
+        records.append(dict(case=name, ok=ok, failure=failure, results={r.name: [r.error, r.budget] for r in rows}))
+        if not ok:
+            print("FAILED", name, failure or {r.name: f"{r.error:.2e} > {r.budget:.2e}" for r in rows if not r.ok}, flush=True)
+        if records and failure and "CUDA error" in failure:
+            print("the device is lost: stopping here")
+            break
+    gpu = torch.cuda.get_device_name()
+    example = torch.zeros(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
+    report = dict(
+        gpu=gpu, capability=torch.cuda.get_device_capability(), torch=torch.__version__, triton=triton.__version__,
+        commit=_commit(), date=datetime.date.today().isoformat(), seconds=round(time.time() - began, 1),
+        default_backend=explain(example, example, example).backend, passed=len(records) - bad, failed=bad, cases=records,
+    )  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-parity.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{len(records) - bad} passed, {bad} failed in {report['seconds']} s on {gpu}: {path}")
+    return 1 if bad or not records else 0
+
+
+def _commit() -> str:
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

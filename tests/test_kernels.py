@@ -1,0 +1,269 @@
+"""What the battery cannot see: hidden NaN, tile sizes, grids, offsets, reproducibility, and the kernels' own functions."""
+
+import importlib
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from crossattn_kernels import Mask, cross_attention, dropout, kernels, tuning
+from crossattn_kernels.kernels.softmax import kept, tanh
+from crossattn_kernels.kernels.views import Dropout, Logits, MaskView, View
+from crossattn_kernels.testing import FEATURES, PLAIN, assert_within_budget, check, compare, draw, run, worst
+from crossattn_kernels.tuning import Config
+
+BACKENDS = ["torch", "triton"]
+SMALL = replace(PLAIN, M=19, N=37, D=16, Hq=2, Hk=1)
+
+
+def named(name):
+    return next(c for c in FEATURES if c.name == name)
+
+
+def tile_size(monkeypatch, size):
+    """Kernels whose tiles have `size` queries and keys."""
+    for module in ("forward", "backward", "bias_grad"):
+        monkeypatch.setattr(kernel_module(module), "choose", lambda p, kernel: Config(size, size, 4, 1))
+
+
+def kernel_module(name):
+    return importlib.import_module(f"crossattn_kernels.kernels.{name}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["everything", "everything by channel", "bias (0, 0, 1, 1)"])
+def test_two_runs_are_bitwise_equal(backend, name):
+    call = draw(replace(named(name), M=19, N=37, D=16))
+    first, second = run(call, backend), run(call, backend)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+HIDING = {
+    "padding": lambda M, N: Mask(keys=torch.arange(N)[None] % 3 != 1),
+    "ranges": lambda M, N: Mask(torch.arange(M)[None, None] % 13, 20 + torch.arange(M)[None, None] % 9),
+    "packed": lambda M, N: Mask.packed(torch.tensor([0, 7, 19]), torch.tensor([0, 5, 37])),
+    "dense": lambda M, N: Mask.groups(torch.rand(M, N, generator=torch.Generator().manual_seed(0)) > 0.3),
+    "tiles": lambda M, N: Mask.groups((torch.arange(M)[:, None] + torch.arange(-(-N // 5))) % 2 == 0, 1, 5),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", HIDING)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_hidden_key_does_not_leak(backend, name, bad):
+    """NaN in one key: queries that do not see it have the results and gradients they have with 0 in its place."""
+    mask, key = HIDING[name](SMALL.M, SMALL.N), 10
+    call = draw(SMALL)._replace(mask=mask)
+    sees = mask.as_dense(SMALL.B, SMALL.Hq, SMALL.M, SMALL.N)[..., key]  # (B, Hq, M)
+    # a loss that leaves out the queries that see the key
+    call = call._replace(dy=call.dy.masked_fill(sees[..., None], 0), dlse=call.dlse.masked_fill(sees, 0))
+
+    def with_key(value):
+        k, v = (call.tensors[n].clone() for n in "kv")
+        k[:, :, key], v[:, :, key] = value, value
+        return call._replace(tensors=call.tensors | {"k": k, "v": v})
+
+    def blind(results):
+        hidden = {n: sees if n == "lse" else sees[..., None] for n in ("y", "lse", "dq")}
+        return {n: results[n].masked_fill(h, 0) for n, h in hidden.items()}
+
+    dirty = run(with_key(bad), backend)
+    clean = [blind(run(with_key(0.0), "reference", dtype)) for dtype in (torch.float64, None)]
+    assert not sees.all()
+    assert_within_budget(compare(blind(dirty), *clean), name)
+    assert dirty["y"][sees].isnan().all() and dirty["lse"][sees].isnan().all()
+    # what shares no query with the key keeps its gradients
+    dense = mask.as_dense(SMALL.B, SMALL.Hq, SMALL.M, SMALL.N)
+    apart = ~(dense & sees[..., None]).any(1).any(1)  # (B, N), one key head
+    assert all(dirty[n][:, 0][apart].isfinite().all() for n in ("dk", "dv"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_minus_infinity_hides_too(backend):
+    call = draw(SMALL)
+    bias = torch.zeros(SMALL.M, SMALL.N)
+    bias[:, 10], bias[3] = -math.inf, -math.inf
+    v = call.tensors["v"].clone()
+    v[:, :, 10] = math.nan
+    y, lse = cross_attention(*(call.tensors[n] for n in "qk"), v, bias=bias, return_lse=True, backend=backend)
+    assert y.isfinite().all() and not y[:, :, 3].any() and (lse[:, :, 3] == -math.inf).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("N", [37, 1100], ids=["one tile", "many tiles"])
+def test_a_finite_bias_is_no_mask(backend, N):
+    """finfo.min on a whole row, which many models mean by hidden, leaves the mean of v; on some keys it hides them."""
+    call = draw(replace(SMALL, B=1, Hq=1, Hk=1, M=3, N=N))
+    bias = torch.zeros(3, N)
+    bias[1], bias[2, 5:] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
+
+    def results(backend, dtype=None):
+        y = run(call._replace(options={"bias": bias}, dlse=torch.zeros_like(call.dlse)), backend, dtype)
+        return {n: t for n, t in y.items() if n != "lse"}
+
+    assert_within_budget(compare(results(backend), results("reference", torch.float64), results("reference")))
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("name", ["zero", "uniform", "attend_all"])
+def test_empty_rows_do_not_depend_on_their_tile(monkeypatch, name, size):
+    """Rows that see nothing between rows that see something, some tiles empty altogether."""
+    tile_size(monkeypatch, size)
+    for mask in ("every second", "ranges", "packed", "all fields"):
+        case = replace(SMALL, name=mask, mask=mask, empty_rows=name, M=40, B=1)
+        assert_within_budget(check(case, "triton"), f"{case} {name} {size}")
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_dropout_does_not_depend_on_the_tile(monkeypatch, size):
+    """v the identity shows p itself: the same entries are 0 as in the reference."""
+    tile_size(monkeypatch, size)
+    call = draw(replace(SMALL, dropout_p=0.4, N=48))
+    eye = torch.eye(48).expand(2, 1, 48, 48)
+    call = call._replace(tensors=call.tensors | {"v": eye})
+    p = [
+        cross_attention(
+            *call.tensors.values(), dropout_p=0.4, generator=torch.Generator().manual_seed(5), backend=b
+        ) for b in ("triton", "torch", "reference")
+    ]  # fmt: skip
+    assert torch.equal(p[0] == 0, p[2] == 0) and torch.equal(p[1] == 0, p[2] == 0)
+    assert 0.3 < (p[2] == 0).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_and_negative_logits(backend):
+    """Peaked rows, rows of equal logits, and logits far below 0 (an lse of -1000)."""
+    case = replace(SMALL, scale=3.0)
+    assert_within_budget(worst([check(case, backend, seed=seed) for seed in range(4)]), "peaked")
+    call = draw(SMALL)
+    q, k = torch.ones_like(call.tensors["q"]), -60 * torch.ones_like(call.tensors["k"])
+    y, lse = cross_attention(q, k, call.tensors["v"], scale=1.0, return_lse=True, backend=backend)
+    torch.testing.assert_close(y, call.tensors["v"].mean(2, keepdim=True).expand_as(y))
+    torch.testing.assert_close(lse, torch.full_like(lse, -60 * 16 + math.log(SMALL.N)))
+
+
+def grids(monkeypatch, module, kernel):
+    """The grids a kernel is launched with, nothing being run."""
+    seen = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            seen.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(kernel_module(module), kernel, Recorder())
+    return seen
+
+
+def test_grids_are_one_dimensional(monkeypatch):
+    """Only the first dimension of a grid goes beyond 65,535."""
+    seen = [
+        grids(monkeypatch, module, f"{kernel}_kernel")
+        for module, kernel in (("forward", "forward"), ("backward", "dq"), ("backward", "dkv"), ("bias_grad", "bias_grad"))
+    ]
+    q = torch.zeros(35_000, 2, 17, 16, requires_grad=True)
+    bias = torch.zeros(35_000, 2, 1, 3, requires_grad=True)
+    cross_attention(q, q[:, :, :3], q[:, :, :3], bias=bias, backend="triton").sum().backward()
+    assert all(len(grid) == 1 and grid[0] >= 70_000 for (grid,) in seen)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "bias"])
+def test_offsets_beyond_int32(which):
+    """Views whose strides reach past 2^31 elements; the pages between are never touched."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        huge = torch.empty(2**31 + 2**20, dtype=torch.float16)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+    def far(*shape):
+        """(B, H, S, D) whose rows lie 2^31 / (S - 1) elements apart."""
+        step = 2**31 // (shape[2] - 1)
+        return huge.as_strided(shape, (shape[1] * shape[3], shape[3], step, 1)).copy_(torch.randn(shape))
+
+    q, k, v = (torch.randn(1, 2, s, 16).half() for s in (5, 9, 9))
+    bias = None
+    if which == "bias":
+        bias = far(1, 2, 5, 9)
+    elif which == "q":
+        q = far(*q.shape)
+    else:
+        k = far(*k.shape)
+    near = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v, bias)]
+    got = cross_attention(q, k, v, bias=bias, backend="triton")
+    assert torch.equal(got, cross_attention(*near[:3], bias=near[3], backend="triton"))
+
+
+def test_a_batch_of_one_is_not_copied():
+    """Whisper's beams: one k and v for all, and their gradients are theirs, not a copy for each."""
+    q = torch.randn(3, 2, 4, 16, requires_grad=True)
+    k = torch.randn(1, 2, 9, 16, requires_grad=True)
+    for backend in BACKENDS:
+        y = cross_attention(q, k, k, backend=backend)
+        dk = torch.autograd.grad(y.sum(), k)[0]
+        want = torch.autograd.grad(cross_attention(q, k.repeat(3, 1, 1, 1), k.repeat(3, 1, 1, 1)).sum(), k)[0]
+        torch.testing.assert_close(dk, want)
+
+
+def test_configurations():
+    """Sizes are powers of two from 16, no larger than the problem needs, and a function of the problem alone."""
+    from crossattn_kernels.problem import Problem
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for D in (8, 64, 72, 160, 256):
+            for M, N in ((1, 1), (77, 5000), (4096, 77)):
+                p = Problem(2, 4, 2, M, N, D, D, dtype, torch.device("cpu"))
+                for kernel in ("forward", "dq", "dkv", "bias_grad"):
+                    c = tuning.choose(p, kernel)
+                    assert c == tuning.choose(p, kernel)
+                    for block, n in ((c.BLOCK_M, M), (c.BLOCK_N, N)):
+                        assert 16 <= block == tuning.power_of_two(block) and (block == 16 or block < 2 * n)
+
+
+@triton.jit
+def tanh_kernel(x, y, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(y + i, tanh(tl.load(x + i)))
+
+
+def test_tanh():
+    x = torch.cat((torch.linspace(-12, 12, 1000), torch.logspace(-30, 1, 1000), torch.tensor([0.0, -0.0, 100, -100])))
+    x = torch.nn.functional.pad(x, (0, 2048 - x.numel()))
+    y = torch.empty_like(x)
+    tanh_kernel[(1,)](x, y, 2048)
+    exact = torch.tanh(x.double())
+    error = (y.double() - exact).abs() / exact.abs().clamp(min=1e-300)
+    assert (y[exact == 0] == 0).all() and error[exact != 0].max() < 3 * 2**-24
+
+
+@triton.jit
+def kept_kernel(y, drop, b, h, n: tl.constexpr):
+    i = tl.arange(0, n)
+    p = tl.zeros([n, n], tl.float32) + 1.0
+    b, h = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
+    tl.store(y + i[:, None] * n + i[None, :], kept(p, drop, b, h, i[:, None], i[None, :]))
+
+
+def test_dropout_is_the_reference_s():
+    seed, p = torch.tensor(2**61 + 12345), 0.37
+    y = torch.empty(16, 16)
+    kept_kernel[(1,)](y, Dropout(seed, dropout.threshold(p), 1 / (1 - p), 1000), 3, 5, 16)
+    i = torch.arange(16)
+    keep = dropout.keep(seed, p, torch.tensor(3), torch.tensor(5), i[:, None], i[None, :] + 1000)
+    torch.testing.assert_close(y, keep / (1 - p))
+
+
+def test_reasons_are_all_given():
+    q = torch.zeros(1, 1, 2, 300, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"float64.*300"):
+        cross_attention(q, q, q, backend="triton")
+
+
+def test_none_fields_are_the_default():
+    """A view of nothing is None, so that the code behind it is gone."""
+    assert MaskView() == (None,) * 6 + (1, 1)
+    assert Logits(1.0, None, None, None, MaskView()).mask.start is None and View(None, ()).strides == ()
+    assert kernels.unsupported.__doc__
