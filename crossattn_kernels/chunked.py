@@ -39,9 +39,9 @@ def cross_attention_chunked(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`cross_attention(q, k, v)` where k and v are the chunks laid end to end, without laying them end to end.
 
-    q: (B, Hq, M, D); chunks: a sequence of (k, v), each (B, Hk, n, D) and (B, Hk, n, Dv) with its own n (0 as well), or of
-    callables without arguments that return such a pair.  A callable is called in the forward and again in the backward,
-    so what it computes must not change between; its k and v, and their gradients, live only while its chunk is worked on.
+    q: (B, Hq, M, D); chunks: a sequence of (k, v), each (B, Hk, n, D) and (B, Hk, n, Dv) with its own n (0 as well), or
+    of callables without arguments that return such a pair.  A callable is called in the forward and again in the backward,
+    so what it computes must not change between; its k and v, and their gradients, live only while it is worked on.
     Gradients reach the leaf tensors it captures (the parameters of its projections); a tensor that is itself the result
     of a computation has to be an argument, `functools.partial(project, context)`.
 
@@ -125,7 +125,7 @@ def _forward(
         plan.pieces.append(piece)
         with torch.no_grad():
             x, options, backend = _call(q, k, v, bias, seed, piece, settings)
-            o, _, lse, _ = forward_op(*x, *options, backend)
+            o, _, lse, _, _ = forward_op(*x, *options, backend)
             state = (o.to(lse.dtype), lse) if state is None else merge(*state, o.to(lse.dtype), lse)
         first = piece.last
     _check_widths(settings.mask, bias, first, q)
@@ -172,7 +172,14 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, o: Tensor, lse: Tensor, seed: Tensor | None, q: Tensor, bias: Tensor | None, *inputs: Tensor
+        ctx: Any,
+        plan: Plan,
+        o: Tensor,
+        lse: Tensor,
+        seed: Tensor | None,
+        q: Tensor,
+        bias: Tensor | None,
+        *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -195,7 +202,7 @@ class Chunked(torch.autograd.Function):
             x, options, backend = _call(q, k, v, bias, seed, piece, ctx.plan.settings)
             wanted = [need_q, needed, needed, need_bias, False, False]
             dq_part, dk, dv, dbias_part, _, _ = backward_op(
-                do, dlse, o, none, lse, none.bool(), wanted, *x, *options, backend
+                do, dlse, o, lse, none, none.bool(), wanted, *x, *options, backend
             )
             if dq is not None:
                 dq += dq_part
@@ -263,7 +270,7 @@ def _leaves(k: Tensor, v: Tensor, start: int, known: set[int]) -> list[Tensor]:
             leaves.append(leaf)
         elif node._sequence_nr() < start:
             raise ValueError(
-                f"a chunk captured the result of a computation ({node.name()}), through which its gradient cannot be carried: "
+                f"a chunk captured the result of a computation ({node.name()}), and its gradient cannot be carried there: "
                 "pass it as an argument, functools.partial(project, context)"
             )
         else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossattn_kernels import ops, reference
 from crossattn_kernels.masks import Mask
-from crossattn_kernels.problem import Inputs, Options, Problem, canonical, one_of
+from crossattn_kernels.problem import Inputs, Options, Problem, SharedBatch, canonical, is_expanded, one_of
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -69,8 +69,7 @@ def attend(x: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     """(y, lse) of a canonical call."""
     if backend == "reference":
         return reference.attend(x, options)
-    y, lse, _, _ = ops.CrossAttention.apply(*x, *options, backend)
-    return y, lse
+    return ops.attend(x, options, backend)
 
 
 @dataclass(frozen=True)
@@ -142,14 +141,19 @@ def choose(problem: Problem, backend: str | None) -> str:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, q, k and v take the autocast dtype, as SDPA's do; fp64 stays as it is there too."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # torch.compile of torch 2.11 cannot trace is_autocast_available
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    if not available or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
 
-    def eligible(t: Tensor) -> bool:
-        return isinstance(t, Tensor) and t.dtype.is_floating_point and t.dtype != torch.float64
+    def cast(t: Tensor) -> Tensor:
+        if not isinstance(t, Tensor) or not t.dtype.is_floating_point or t.dtype in (dtype, torch.float64):
+            return t
+        # a cast of an expanded batch would write every copy
+        return SharedBatch.apply(t).to(dtype).expand_as(t) if is_expanded(t) else t.to(dtype)
 
-    return tuple(t.to(dtype) if eligible(t) else t for t in tensors)
+    return tuple(cast(t) for t in tensors)
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:

@@ -6,7 +6,10 @@ constructor waits for the GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +43,7 @@ class Mask:
 
     @staticmethod
     def key_padding(keep: Tensor) -> Mask:
-        """Keys with holes.  keep: bool (B, N), True may be seen (the opposite of `nn.MultiheadAttention`'s padding mask)."""
+        """Keys with holes.  keep: bool (B, N), True may be seen (the opposite of `nn.MultiheadAttention`'s mask)."""
         return Mask(keys=keep)
 
     @staticmethod
@@ -70,8 +73,8 @@ class Mask:
     def media(locations: Tensor, tokens_per_media: int, latest: bool = True) -> Mask:
         """Flamingo's media mask: text sees the latest medium before it, or with latest=False all of them.
 
-        locations: bool (B, M), True where a medium is mentioned; media are laid end to end, `tokens_per_media` keys each.
-        Text before the first medium sees nothing, nor (with latest=True) does text after more media than there are keys.
+        locations: bool (B, M), True where a medium is mentioned; media lie end to end, `tokens_per_media` keys each.
+        Text before the first medium sees nothing, nor (with latest=True) does text after more media than there are.
         Flamingo, https://arxiv.org/abs/2204.14198, section 2.3.
         """
         if locations.ndim != 2:
@@ -92,7 +95,7 @@ class Mask:
 
     @staticmethod
     def blocks(visible: Tensor, block_q: int = 128, block_k: int = 128) -> Mask:
-        """Block-sparse attention: bool (..., ceil(M / block_q), ceil(N / block_k)); tiles nobody sees are not loaded."""
+        """Block-sparse: bool (..., ceil(M / block_q), ceil(N / block_k)); tiles that nobody sees are not loaded."""
         return Mask.groups(visible, block_q, block_k)
 
     @staticmethod
@@ -139,20 +142,25 @@ class Mask:
         """(1|B, 1|Hq): how far the fields vary over batch and heads."""
         by_row = [x for x in (self.start, self.end, self.visible) if x is not None]
         batch = [x.shape[0] for x in (*by_row, self.keys) if x is not None]
-        return max(batch, default=1), max((x.shape[1] for x in by_row), default=1)
+        heads = [x.shape[1] for x in by_row]
+        return 0 if 0 in batch else max(batch, default=1), 0 if 0 in heads else max(heads, default=1)
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Mask(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in named.items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     def slice_keys(self, first: int, last: int) -> Mask:
         """The mask as keys first..last-1 see it, renumbered from 0: what one chunk of a long context needs."""
         visible, group = self.visible, self.key_group
         if visible is not None and visible.shape[-1] > 1:
-            if first % group:
-                visible, group = visible.repeat_interleave(group, -1), 1
             visible = visible[..., first // group : -(-last // group)]
+            if first % group:
+                size = math.gcd(first, group)
+                offset = first % group // size
+                visible = visible.repeat_interleave(group // size, -1)
+                visible, group = visible[..., offset : offset - (first - last) // size], size
         return Mask(
             start=None if self.start is None else self.start - first,
             end=None if self.end is None else self.end - first,
@@ -177,7 +185,7 @@ class Mask:
         if self.visible is not None:
             row = torch.arange(M, device=device) // self.query_group if self.visible.shape[-2] > 1 else [0] * M
             col = key // self.key_group if self.visible.shape[-1] > 1 else [0] * N
-            seen &= self.visible[:, :, row][..., col]
+            seen &= self.visible[..., row, :][..., col]
         return seen
 
 
@@ -187,12 +195,12 @@ def _vector(name: str, x: Tensor) -> Tensor:
     return x
 
 
-def _both(combine, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _both(combine: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else combine(a, b)
 
 
 def _both_visible(a: Mask, b: Mask) -> tuple[Tensor | None, int, int]:
-    """(visible, query_group, key_group) of a & b: the coarser grid is refined to the finer one."""
+    """(visible, query_group, key_group) of a & b: a coarser grid is refined to the finer one."""
     if a.visible is None or b.visible is None:
         chosen = b if a.visible is None else a
         return chosen.visible, chosen.query_group, chosen.key_group
@@ -203,13 +211,17 @@ def _both_visible(a: Mask, b: Mask) -> tuple[Tensor | None, int, int]:
 
 
 def _refine(x: Tensor, y: Tensor, axis: int, group_x: int, group_y: int) -> tuple[Tensor, Tensor, int]:
+    if x.shape[axis] == 1 or y.shape[axis] == 1:  # that one holds for any group
+        return x, y, group_y if x.shape[axis] == 1 else group_x
     if group_x > group_y:
         y, x, group = _refine(y, x, axis, group_y, group_x)
         return x, y, group
-    if group_y % group_x:
+    ratio, rest = divmod(group_y, group_x)
+    if rest:
         raise ValueError(f"masks with groups of {group_x} and {group_y} combine only if one divides the other")
-    if group_y > group_x and y.shape[axis] > 1:
-        size = x.shape[axis] if x.shape[axis] > 1 else None
-        y = y.repeat_interleave(group_y // group_x, axis)
-        y = y if size is None else y.narrow(axis, 0, size)
-    return x, y, group_x
+    if y.shape[axis] != -(-x.shape[axis] // ratio):
+        raise ValueError(
+            f"visible {tuple(x.shape)} with groups of {group_x} and visible {tuple(y.shape)} with groups of {group_y} "
+            "do not cover one problem"
+        )
+    return x, y.repeat_interleave(ratio, axis).narrow(axis, 0, x.shape[axis]), group_x

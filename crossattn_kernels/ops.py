@@ -1,12 +1,15 @@
-"""The border with PyTorch: two custom operators with their fakes, and the autograd.Function that drives them.
+"""The border with PyTorch: two operators with their fakes, derivatives and FLOP counts.
 
 `crossattn::forward` and `crossattn::backward` are opaque to torch.compile and torch.export; which engine runs inside
-(the Triton kernels or `tiled`) is their argument `backend`.
+(the Triton kernels or `tiled`) is their last argument.  Their derivatives are the two autograd.Functions below.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +19,92 @@ from crossattn_kernels import tiled
 from crossattn_kernels.problem import Inputs, Options, matmul_flops
 from crossattn_kernels.tiled import Gradients
 
-# the arguments of both operators, in the order of Inputs and Options
-TENSORS = ", ".join(("Tensor q, Tensor k, Tensor v", *(f"Tensor? {name}" for name in Inputs._fields[3:])))
-OPTIONS = "int query_group, int key_group, float scale, float softcap, float dropout_p, str empty_rows, int first_key, bool chunk, str backend"
-NUM_INPUTS, NUM_OPTIONS = len(Inputs._fields), len(Options._fields)
+# one call, with which the arguments of both operators end: the fields of Inputs, those of Options, the backend
+CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? end, Tensor? keys, Tensor? visible, "
+    "Tensor? bias, Tensor? gate, Tensor? head_scale, Tensor? seed, int query_group, int key_group, "
+    "float scale, float softcap, float dropout_p, str empty_rows, int first_key, bool chunk, str backend"
+)
+SAVED = "Tensor dy, Tensor? dlse, Tensor o, Tensor lse, Tensor state, Tensor free, bool[] wanted"
+NUM_INPUTS, NUM_CALL = len(Inputs._fields), len(Inputs._fields) + len(Options._fields) + 1
+
+LIBRARY = torch.library.Library("crossattn", "DEF")
+for schema in (
+    f"forward({CALL}) -> (Tensor y, Tensor o, Tensor lse, Tensor state, Tensor free)",
+    f"backward({SAVED}, {CALL}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dgate, Tensor dscale)",
+):
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def attend(x: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+    """(y, lse) of a canonical call."""
+    # torch.compile and torch.export see the operator, torch.func the Function that is its derivative
+    run = torch.ops.crossattn.forward if torch.compiler.is_compiling() else CrossAttention.apply
+    y, _, lse, _, _ = run(*x, *options, backend)
+    return y, lse
+
+
+# ---- operators ----
+
+
+@torch.library.impl(LIBRARY, "forward", "CompositeExplicitAutograd")
+def forward_op(*call: Any) -> tuple[Tensor, ...]:
+    """(y, o, lse, state, free); what the backward does not need is empty.
+
+    y: (B, Hq, M, Dv), laid out as (B, M, Hq, Dv), and lse: (B, Hq, M)
+    o: as y, without the gate
+    state: (B, 2, Hq, M), the base-2 maximum of the logits and 1 / sum of 2^(s - maximum), for p without rounding twice
+    free: bool (1|B, 1|Hq, M), rows that `empty_rows` fills
+    """
+    x, options, backend = _unpack(call)
+    with torch.autocast(x.q.device.type, enabled=False):
+        return _engine(backend).forward(x, options)
+
+
+@torch.library.impl(LIBRARY, "backward", "CompositeExplicitAutograd")
+def backward_op(
+    dy: Tensor,
+    dlse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    free: Tensor,
+    wanted: Sequence[bool],
+    *call: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, bias, gate and scale, contiguous; an empty tensor for one that is not wanted.
+
+    o: the forward's o, or its y where that o is empty.
+    """
+    x, options, backend = _unpack(call)
+    filled = free if _keeps_free(x, options) else None
+    with torch.autocast(x.q.device.type, enabled=False):
+        grads = _engine(backend).backward(dy, dlse, x, options, o, lse, state, filled, Gradients._make(wanted))
+    return tuple(x.q.new_empty(0) if g is None else g.contiguous() for g in grads)
+
+
+@torch.library.register_fake("crossattn::forward", lib=LIBRARY)
+def _(*call: Any) -> tuple[Tensor, ...]:
+    x, options, backend = _unpack(call)
+    B, Hq, M, _ = x.sizes
+    y = x.q.new_empty(B, M, Hq, x.v.shape[3]).transpose(1, 2)
+    o = torch.empty_like(y) if _keeps_o(x, backend) else x.q.new_empty(0)
+    lse = x.q.new_empty(B, Hq, M, dtype=torch.promote_types(x.q.dtype, torch.float32))
+    free = (*options.mask(x).lead(), M) if _keeps_free(x, options) else (0,)
+    state = lse.new_empty((B, 2, Hq, M) if backend == "triton" else (0,))
+    return y, o, lse, state, x.q.new_empty(free, dtype=torch.bool)
+
+
+@torch.library.register_fake("crossattn::backward", lib=LIBRARY)
+def _(dy: Tensor, dlse: Tensor | None, o: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    wanted, call = rest[3], rest[4:]
+    x, _, _ = _unpack(call)
+    given = (getattr(x, name) for name in Gradients._fields)
+    return tuple(t.new_empty(t.shape) if w else x.q.new_empty(0) for t, w in zip(given, wanted))
+
+
+def _unpack(call: Sequence[Any]) -> tuple[Inputs, Options, str]:
+    return Inputs(*call[:NUM_INPUTS]), Options(*call[NUM_INPUTS:-1]), call[-1]
 
 
 def _engine(backend: str) -> ModuleType:
@@ -28,10 +113,6 @@ def _engine(backend: str) -> ModuleType:
     from crossattn_kernels import kernels
 
     return kernels
-
-
-def _unpack(args: tuple) -> tuple[Inputs, Options, str]:
-    return Inputs(*args[:NUM_INPUTS]), Options(*args[NUM_INPUTS : NUM_INPUTS + NUM_OPTIONS]), args[-1]
 
 
 def _keeps_o(x: Inputs, backend: str) -> bool:
@@ -43,178 +124,155 @@ def _keeps_free(x: Inputs, options: Options) -> bool:
     return options.empty_rows != "zero" and not options.mask(x).is_trivial()
 
 
-# ---- operators ----
-
-
-@torch.library.custom_op(
-    "crossattn::forward", mutates_args=(), schema=f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-def forward_op(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, o, lse, free): y (B, Hq, M, Dv) laid out as (B, M, Hq, Dv); o the ungated output, free the rows that
-    `empty_rows` fills, both empty where the backward does not need them."""
-    x, options, backend = _unpack(args)
-    with torch.autocast(x.q.device.type, enabled=False):
-        return _engine(backend).forward(x, options)
-
-
-@forward_op.register_fake
-def _(*args):
-    x, options, backend = _unpack(args)
-    B, Hq, M, _ = x.sizes
-    wide = torch.promote_types(x.q.dtype, torch.float32)
-
-    def output() -> Tensor:
-        return x.q.new_empty(B, M, Hq, x.v.shape[3]).transpose(1, 2)
-
-    free = x.q.new_empty(0, dtype=torch.bool)
-    if _keeps_free(x, options):
-        free = x.q.new_empty(*options.mask(x).lead(), M, dtype=torch.bool)
-    o = output() if _keeps_o(x, backend) else x.q.new_empty(0)
-    return output(), o, x.q.new_empty(B, Hq, M, dtype=wide), free
-
-
-@torch.library.custom_op(
-    "crossattn::backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor? dlse, Tensor y, Tensor o, Tensor lse, Tensor free, bool[] wanted, {TENSORS}, {OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def backward_op(dy, dlse, y, o, lse, free, wanted, *args) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, bias, gate and scale; an empty tensor for one that is not wanted."""
-    x, options, backend = _unpack(args)
-    o = o if _keeps_o(x, backend) else y
-    with torch.autocast(x.q.device.type, enabled=False):
-        grads = _engine(backend).backward(
-            dy, dlse, x, options, o, lse, free if _keeps_free(x, options) else None, Gradients(*wanted)
-        )
-    return tuple(x.q.new_empty(0) if g is None else g.contiguous() for g in grads)
-
-
-@backward_op.register_fake
-def _(dy, dlse, y, o, lse, free, wanted, *args):
-    x, _, _ = _unpack(args)
-    inputs = (x.q, x.k, x.v, x.bias, x.gate, x.scale)
-    return tuple(t.new_empty(t.shape) if w else x.q.new_empty(0) for t, w in zip(inputs, wanted))
-
-
-def _flops(mode: str, q, k, v, *args, **kwargs) -> int:
-    (b_q, Hq, M, D), (b_k, _, N, _) = q, k
-    return matmul_flops(max(b_q, b_k), Hq, M, N, D, v[3], mode)
-
-
-if torch.ops.crossattn.forward not in torch.utils.flop_counter.flop_registry:  # a reload registers twice
-
-    @register_flop_formula(torch.ops.crossattn.forward)
-    def _(*args, **kwargs) -> int:
-        return _flops("forward", *args)
-
-    @register_flop_formula(torch.ops.crossattn.backward)
-    def _(*args, **kwargs) -> int:
-        return _flops("backward", *args[7:])
-
-
-# ---- autograd ----
+# ---- derivatives ----
 
 
 class CrossAttention(torch.autograd.Function):
-    """(y, lse, o, free) of one call; only y and lse are differentiable.
-
-    Arguments: the fields of Inputs, then those of Options, then the backend.  A hand-written Function, because
-    `register_autograd` does not work under torch.func.grad.
-    """
+    """`crossattn::forward`; y and lse are differentiable."""
 
     @staticmethod
-    def forward(*args):
-        y, o, lse, free = torch.ops.crossattn.forward(*args)
-        return y, lse, o, free
+    def forward(*call: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return torch.ops.crossattn.forward(*call)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        y, lse, o, free = output
-        ctx.mark_non_differentiable(o, free)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        y, o, lse, state, free = output
+        ctx.mark_non_differentiable(o, state, free)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:NUM_INPUTS], y, o, lse, free)
+        ctx.save_for_backward(y if o.ndim == 1 else o, lse, state, free, *inputs[:NUM_INPUTS])
         ctx.options = inputs[NUM_INPUTS:]
 
     @staticmethod
-    def backward(ctx, dy, dlse, *unused):
-        *tensors, y, o, lse, free = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, _, dlse, _, _ = grads
         if dy is None and dlse is None:
-            return (None,) * (NUM_INPUTS + NUM_OPTIONS + 1)
-        x, need = Inputs(*tensors), ctx.needs_input_grad
-        wanted = [t is not None and n for t, n in zip((*x[:3], *x[7:10]), (*need[:3], *need[7:10]))]
-        dy = torch.zeros_like(y) if dy is None else dy
-        grads = CrossAttentionBackward.apply(dy, dlse, y, o, lse, free, wanted, *tensors, *ctx.options)
-        dq, dk, dv, dbias, dgate, dscale = (g if w else None for g, w in zip(grads, wanted))
-        return dq, dk, dv, None, None, None, None, dbias, dgate, dscale, None, *(None,) * (NUM_OPTIONS + 1)
+            return (None,) * NUM_CALL
+        o, lse, state, free, *inputs = ctx.saved_tensors
+        need = Inputs(*ctx.needs_input_grad[:NUM_INPUTS])
+        wanted = [getattr(need, name) for name in Gradients._fields]
+        dy = torch.zeros_like(o) if dy is None else dy
+        run = torch.ops.crossattn.backward if torch.compiler.is_compiling() else CrossAttentionBackward.apply
+        found = run(dy, dlse, o, lse, state, free, wanted, *inputs, *ctx.options)
+        named = {name: grad for name, grad, w in zip(Gradients._fields, found, wanted) if w}
+        return tuple(named.get(name) for name in Inputs._fields) + (None,) * (NUM_CALL - NUM_INPUTS)
 
     @staticmethod
-    def vmap(info, in_dims, *args):
-        B = max(_batch(args[0], in_dims[0]), _batch(args[1], in_dims[1]))
-        folded = _fold(args, in_dims, 0, info.batch_size, B)
-        out = CrossAttention.apply(*folded)
-        return tuple(_unfold(t, info.batch_size) for t in out), (0, 0, 0, 0)
-
-
-class CrossAttentionBackward(torch.autograd.Function):
-    """The gradients, as a Function of its own: so that vmap over a gradient works, and a gradient of it says why not."""
-
-    @staticmethod
-    def forward(*args):
-        return torch.ops.crossattn.backward(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
-            "cross_attention has no double backward; use backend='reference' where a gradient of a gradient is needed"
+            "cross_attention has no forward-mode derivative; use backend='reference' where torch.func.jvp is needed"
         )
 
     @staticmethod
-    def vmap(info, in_dims, *args):
-        V, first = info.batch_size, 7
-        x = Inputs(*args[first : first + NUM_INPUTS])
-        B = max(_batch(x.q, in_dims[first]), _batch(x.k, in_dims[first + 1]))
-        folded = _fold(args, in_dims, first, V, B)
-        out = CrossAttentionBackward.apply(*folded)
-        inputs, dims = (*x[:3], *x[7:10]), (*in_dims[first : first + 3], *in_dims[first + 7 : first + 10])
-        grads = []
-        for grad, t, dim, wanted in zip(out, inputs, dims, args[6]):
-            if wanted:  # per sample: (V, B, ...), summed where the entries of a sample share one
-                grad = _unfold(grad, V)
-                grad = grad.sum(1, keepdim=True) if _batch(t, dim) == 1 else grad
-            grads.append(grad)
-        return tuple(grads), tuple(0 if w else None for w in args[6])
+    def vmap(info: Any, in_dims: tuple[Any, ...], *call: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        x = _sample(in_dims, call)
+        if x.seed is not None:
+            return _one_by_one(CrossAttention, info, in_dims, call)
+        V, B = info.batch_size, x.sizes[0]
+        out = CrossAttention.apply(*_fold(in_dims, call, V, B))
+        return _unfold(out, [t.ndim > 1 for t in out], V, B)
 
 
-def _batch(t: Tensor, dim: int | None) -> int:
-    """Batch size of one sample."""
-    return t.shape[0] if dim is None or dim != 0 else t.shape[1]
+class CrossAttentionBackward(torch.autograd.Function):
+    """`crossattn::backward`; a Function, so that vmap works over it and a second derivative says why it does not."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return torch.ops.crossattn.backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "cross_attention has no second derivative; use backend='reference' where a gradient of a gradient is needed"
+        )
+
+    jvp = backward
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        wanted, x = args[-NUM_CALL - 1], _sample(in_dims[-NUM_CALL:], args[-NUM_CALL:])
+        if x.seed is not None:
+            return _one_by_one(CrossAttentionBackward, info, in_dims, args)
+        V, B = info.batch_size, x.sizes[0]
+        grads = CrossAttentionBackward.apply(*_fold(in_dims, args, V, B))
+        (grads, dims), given = _unfold(grads, wanted, V, B), (getattr(x, name) for name in Gradients._fields)
+        # what the entries of one sample share gets the sum of their gradients
+        return tuple(g.sum_to_size(V, *t.shape) if w else g for g, t, w in zip(grads, given, wanted)), dims
 
 
-def _fold(args, in_dims, first: int, V: int, B: int) -> list:
-    """Every tensor with its vmapped dimension folded into the batch, (V * B, ...); the seed stays as it is."""
+def _derivative(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """What an operator does that is called by itself, as in compiled and exported programs."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("torch.func finds no derivative of a crossattn operator; call cross_attention")
+    return function.apply(*args)
 
-    def fold(i: int, t, dim):
-        if (
-            not isinstance(t, Tensor)
-            or t.shape == (0,)
-            or (t.ndim == 1 and dim is not None and t.shape[0] == V and V != t.numel())
-        ):
+
+LIBRARY.impl("forward", partial(_derivative, CrossAttention), "Autograd")
+LIBRARY.impl("backward", partial(_derivative, CrossAttentionBackward), "Autograd")
+
+
+# ---- vmap: V samples become V * B entries of one batch ----
+
+
+def _sample(in_dims: Sequence[Any], call: Sequence[Any]) -> Inputs:
+    """The shapes of the inputs as one sample sees them."""
+
+    def sample(t: Any, dim: int | None) -> Any:
+        return t if dim is None else torch.empty(t.movedim(dim, 0).shape[1:], device="meta")
+
+    return Inputs(*map(sample, call[:NUM_INPUTS], in_dims))
+
+
+def _fold(in_dims: Sequence[Any], args: Sequence[Any], V: int, B: int) -> list[Any]:
+    """Every (1|B, ...) of a sample to (V * B, ...); an empty placeholder stays."""
+
+    def fold(t: Any, dim: int | None) -> Any:
+        if not isinstance(t, Tensor) or t.ndim - (dim is not None) < 2:
             return t
-        if i == first + NUM_INPUTS - 1:
-            return t if dim is None else t.select(dim, 0)
-        t = t[None] if dim is None else t.movedim(dim, 0)  # (1|V, 1|B, ...)
-        if t.numel() == 0 and t.ndim == 2:
-            return t.flatten()
+        t = t[None] if dim is None else t.movedim(dim, 0)
         return t.expand(V, B, *t.shape[2:]).flatten(0, 1)
 
-    return [fold(i, t, dim) for i, (t, dim) in enumerate(zip(args, in_dims))]
+    return [fold(t, dim) for t, dim in zip(args, in_dims)]
 
 
-def _unfold(t: Tensor, V: int) -> Tensor:
-    """(V * B, ...) -> (V, B, ...); an empty placeholder becomes one a sample."""
-    return t.new_empty(V, 0) if t.shape == (0,) else t.unflatten(0, (V, -1))
+def _unfold(
+    results: Sequence[Tensor], real: Sequence[bool], V: int, B: int
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """(V * B, ...) to (V, B, ...), with the dimension that vmap shall take as V; a placeholder has none."""
+    split = tuple(t.unflatten(0, (V, B)) if r else t for t, r in zip(results, real))
+    return split, tuple(0 if r else None for r in real)
+
+
+def _one_by_one(
+    function: type[torch.autograd.Function], info: Any, in_dims: Sequence[Any], args: Sequence[Any]
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """One call a sample: dropout depends on the index in the batch, which a fold would change."""
+    calls = (
+        [t.select(dim, i) if isinstance(dim, int) else t for t, dim in zip(args, in_dims)]
+        for i in range(info.batch_size)
+    )
+    results = tuple(torch.stack(same) for same in zip(*(function.apply(*call) for call in calls)))
+    return results, (0,) * len(results)
+
+
+# ---- FLOPs ----
+
+
+@register_flop_formula(torch.ops.crossattn.forward)
+def _(*call: Any, **kwargs: Any) -> int:
+    return _flops("forward", call)
+
+
+@register_flop_formula(torch.ops.crossattn.backward)
+def _(*args: Any, **kwargs: Any) -> int:
+    return _flops("backward", args[-NUM_CALL:])
+
+
+def _flops(mode: str, call: Sequence[Any]) -> int:
+    (b_q, Hq, M, D), (b_k, _, N, _), (*_, Dv) = call[:3]
+    return matmul_flops(max(b_q, b_k), Hq, M, N, D, Dv, mode)

@@ -218,15 +218,15 @@ def _not_multiple(heads: int, key_heads: int) -> bool:
 
 def _shared_batch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """An expanded batch (stride 0) becomes one entry that all share, on one side: the other keeps the batch size."""
-
-    def expanded(t: Tensor) -> bool:
-        return t.shape[0] > 1 and t.stride(0) == 0
-
-    if expanded(q) and k.shape[0] > 1 and not (expanded(k) and expanded(v)):
+    if is_expanded(q) and k.shape[0] > 1 and not (is_expanded(k) and is_expanded(v)):
         return SharedBatch.apply(q), k, v
-    if expanded(k) and expanded(v) and q.shape[0] > 1:
+    if is_expanded(k) and is_expanded(v) and q.shape[0] > 1:
         return q, SharedBatch.apply(k), SharedBatch.apply(v)
     return q, k, v
+
+
+def is_expanded(t: Tensor) -> bool:
+    return t.ndim > 0 and t.shape[0] > 1 and t.stride(0) == 0
 
 
 class SharedBatch(torch.autograd.Function):
@@ -295,7 +295,7 @@ def _bits(name: str, t: Tensor | None, target: tuple[int, ...], **given: Tensor)
 
 def fit_gate(gate: Tensor, target: tuple[int, int, int, int], q: Tensor, **others: Tensor) -> Tensor:
     """() or (1,) one gate; (Hq,) one a head; (Hq, Dv) one a channel of a head; otherwise the usual broadcasting."""
-    _typed("gate", gate, "floats", q=q, **others)
+    _same_device("gate", _typed("gate", gate, "floats", q=q, **others), q=q, **others)
     if gate.ndim == 1 and gate.shape[0] in (1, target[1]):
         gate = gate[None, :, None, None]
     elif gate.ndim == 2 and gate.shape[0] in (1, target[1]) and gate.shape[1] in (1, target[3]):
@@ -315,7 +315,7 @@ def _head_scale(scale: Tensor, Hq: int, **given: Tensor) -> Tensor:
 def _float(name: str, value: Any, **given: Tensor) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}: {shapes(**given)}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite refuses the symbolic numbers of torch.compile
         raise ValueError(f"{name} must be finite, got {value}: {shapes(**given)}")
     return float(value)
 

@@ -17,9 +17,9 @@ from crossattn_kernels.problem import Inputs, Options
 
 
 def attend(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """(y, lse): y is (B, Hq, M, Dv) in q's dtype, lse is (B, Hq, M), fp32 or wider."""
+    """(y, lse): y is (B, Hq, M, Dv) in q's dtype, laid out as (B, M, Hq, Dv); lse is (B, Hq, M), fp32 or wider."""
     B, Hq, M, N = x.sizes
-    group = Hq // x.k.shape[1]
+    group = Hq // max(1, x.k.shape[1])
     seen = options.mask(x).as_dense(B, Hq, M, N).to(x.q.device)
     nobody = ~seen.any(-1, keepdim=True)  # (B, Hq, M, 1)
     if options.empty_rows != "zero":
@@ -48,12 +48,12 @@ def attend(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         p = p * _dropout(x, options, B, Hq, M, N)
     o = p @ v  # (B, Hq, M, Dv)
     y = o if x.gate is None else torch.tanh(x.gate.to(o.dtype)) * o
-    return y, lse
+    return y.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 def _dropout(x: Inputs, options: Options, B: int, Hq: int, M: int, N: int) -> Tensor:
     """0 where dropped, 1 / (1 - p) where kept: (B, Hq, M, N)."""
     assert x.seed is not None
-    index = torch.meshgrid(*(torch.arange(n, device=x.q.device) for n in (B, Hq, M, N)), indexing="ij")
-    keep = dropout.keep(x.seed, options.dropout_p, *index[:3], index[3] + options.first_key)
+    b, h, m, n = torch.meshgrid(*(torch.arange(size, device=x.q.device) for size in (B, Hq, M, N)), indexing="ij")
+    keep = dropout.keep(x.seed, options.dropout_p, b, h, m, n + options.first_key)
     return keep.to(x.q.dtype) / (1 - options.dropout_p)

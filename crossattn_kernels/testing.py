@@ -1,8 +1,8 @@
-"""Cases, inputs and error budgets for tests and benchmarks; nothing else imports this.
+"""Cases, inputs and error budgets for tests, benchmarks and the demo; nothing else imports this.
 
-The policy: inputs are drawn in the dtype under test; the oracle is the reference in fp64 on the same values; the yardstick
-is the error that the reference (eager PyTorch) makes in the dtype under test.  A result's error may be at most twice the
-yardstick, a gradient's three times, plus one rounding of the largest value.  There are no tolerances set by hand.
+The policy: inputs are drawn in the dtype under test; the oracle is the reference in fp64 on the same values; the
+yardstick is the error that the reference (eager PyTorch) makes in the dtype under test.  A result's error may be at most
+twice the yardstick, a gradient's three times, plus one rounding of the largest value.  No tolerance is set by hand.
 """
 
 from __future__ import annotations
@@ -220,10 +220,11 @@ def check(case: Case, backend: str | None, device: torch.device | str = "cpu", s
 def worst(draws: list[list[Row]]) -> list[Row]:
     """One table for several draws: the largest error of each tensor against the largest budget.
 
-    The largest error of a tensor of a few elements is a matter of luck, eager's as well as ours; over some draws it is not.
+    The largest error of a tensor of a few elements is a matter of luck, eager's as ours; over some draws it is not.
     """
     return [
-        Row(rows[0].name, max((r.error for r in rows), key=_nan_first), max(r.budget for r in rows)) for rows in zip(*draws)
+        Row(rows[0].name, max((r.error for r in rows), key=_nan_first), max(r.budget for r in rows))
+        for rows in zip(*draws)
     ]
 
 
@@ -263,7 +264,8 @@ FEATURES = [
     *(replace(PLAIN, name=f"{e} {m}", mask=m, empty_rows=e)
       for e in ("uniform", "attend_all") for m in ("ranges", "every second", "all fields", "nothing", "padding")),
     *(replace(PLAIN, name=f"bias {b}", bias=b)
-      for b in ((1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 1, 1), (0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 0, 1), (1, 1, 1, 0), (0, 0, 0, 0))),
+      for b in ((1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 1, 1), (0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 0, 1), (1, 1, 1, 0),
+                (0, 0, 0, 0))),
     *(replace(PLAIN, name=f"gate {g}", gate=g) for g in (*GATES, (1, 1, 1, 1), (1, 0, 1, 0), (0, 0, 0, 1))),
     *(replace(PLAIN, name=f"gate {g} at 0", gate=g, gate_value=0.0) for g in GATES),
     replace(PLAIN, name="scale number", scale=0.7),
@@ -283,8 +285,10 @@ FEATURES = [
 SIZES = [
     *(replace(PLAIN, name=f"D {d}", D=d, M=19, N=21) for d in (8, 16, 40, 72, 80, 88, 96, 112, 128, 160, 256)),
     *(replace(PLAIN, name=f"D {d} Dv {e}", D=d, Dv=e, M=19, N=21) for d, e in ((16, 40), (64, 24), (8, 128), (96, 64))),
-    *(replace(PLAIN, name=f"{m} x {n}", M=m, N=n, D=16) for m, n in ((1, 1), (1, 130), (130, 1), (2, 3), (3, 77), (65, 64))),
-    *(replace(PLAIN, name=f"heads {hq} / {hk}", Hq=hq, Hk=hk, M=9, N=33, D=16) for hq, hk in ((3, 1), (6, 2), (1, 1), (8, 1))),
+    *(replace(PLAIN, name=f"{m} x {n}", M=m, N=n, D=16)
+      for m, n in ((1, 1), (1, 130), (130, 1), (2, 3), (3, 77), (65, 64))),
+    *(replace(PLAIN, name=f"heads {hq} / {hk}", Hq=hq, Hk=hk, M=9, N=33, D=16)
+      for hq, hk in ((3, 1), (6, 2), (1, 1), (8, 1))),
     *(replace(PLAIN, name=f"empty {n}", **{n: 0}) for n in ("B", "M", "N")),  # type: ignore[arg-type]
     replace(PLAIN, name="no keys uniform", N=0, empty_rows="uniform", mask="lengths"),
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from crossattn_kernels.problem import Inputs, Options
 TILE = 2**20  # logits in one tile, all heads together
 KEYS = 1024  # keys in one tile
 FEW = 16  # fewer keys go backward through the tile loop, which is more exact there
+FAR = -1e6  # an lse below this has lost digits that p needs
 LONG_RUN = 16  # queries that share a range from this many on are a part of their own
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -48,9 +49,8 @@ class Part(NamedTuple):
     whole: bool
 
 
-def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, o, lse, free): o is the ungated output (empty without a gate), free marks the rows that the mask leaves empty
-    and that `empty_rows` fills (empty when there are none to fill)."""
+def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, o, lse, state, free), as `ops.forward_op` documents; o is kept with any gate, state is not needed."""
     B, Hq, M, _ = x.sizes
     o = x.q.new_empty(B, M, Hq, x.v.shape[3]).transpose(1, 2)
     lse = x.q.new_empty(B, Hq, M, dtype=_wide(x.q))
@@ -62,10 +62,11 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
             for piece in _small(x, part):
                 _tile_forward(x, options, free, piece, o, lse)
     none = x.q.new_empty(0)
+    state, filled = lse.new_empty(0), none.bool() if free is None else free
     if x.gate is None:
-        return o, none, lse, none.bool() if free is None else free
+        return o, none, lse, state, filled
     y = torch.empty_like(o).copy_(torch.tanh(x.gate.to(lse.dtype)) * o)
-    return y, o, lse, none.bool() if free is None else free
+    return y, o, lse, state, filled
 
 
 def backward(
@@ -75,6 +76,7 @@ def backward(
     options: Options,
     o: Tensor,
     lse: Tensor,
+    state: Tensor,
     free: Tensor | None,
     wanted: Gradients,
 ) -> Gradients:
@@ -91,12 +93,16 @@ def backward(
             for t, w in zip((x.q, x.k, x.v, x.bias), wanted)
         )
     )._replace(scale=torch.zeros(x.sizes[:3], dtype=wide, device=x.q.device) if wanted.scale else None)
-    alone = next(iter(parts(x, options, free)), None) if dlse is None else None
+    # flash makes p from lse, which cannot hold log N beside a bias of finfo.min
+    by_flash = dlse is None and (
+        x.bias is None or x.q.device.type != "cpu" or not (lse < FAR).logical_and(lse.isfinite()).any()
+    )
+    alone = next(iter(parts(x, options, free)), None) if by_flash else None
     if alone and _is_everything(alone, x) and _flash_can(x, options, free, alone, backward=True, wanted=wanted):
         dq, dk, dv = _flash_backward(x, options, free, alone, do, o, lse)
         return Gradients(dq, dk, dv, gate=dgate)
     for part in parts(x, options, free, apart=1 in (x.q.shape[0], x.k.shape[0])):
-        if dlse is None and _flash_can(x, options, free, part, backward=True, wanted=wanted):
+        if by_flash and _flash_can(x, options, free, part, backward=True, wanted=wanted):
             dq, dk, dv = _flash_backward(x, options, free, part, do, o, lse)
             _add(grads.q, part, part.rows, dq)
             _add(grads.k, part, part.keys, dk)
@@ -437,6 +443,18 @@ def _tile_forward(x: Inputs, options: Options, free: Tensor | None, part: Part, 
     lse[at] = high + torch.log(total)
 
 
+def _row_state(x: Inputs, options: Options, free: Tensor | None, part: Part, q: Tensor) -> tuple[Tensor, Tensor]:
+    """(maximum of the logits, 1 / sum of exp(s - maximum)), (b, Hq, m, 1): holds what lse rounds away."""
+    high = torch.full((*q.shape[:3], 1), -math.inf, dtype=q.dtype, device=q.device)
+    total = torch.zeros_like(high)
+    for tile in _tiles(x, options, free, part, q):
+        new = torch.maximum(high, tile.s.amax(-1, keepdim=True))
+        pivot = new.masked_fill(new == -math.inf, 0)
+        total = total * torch.exp(high - pivot) + torch.exp(tile.s - pivot).sum(-1, keepdim=True)
+        high = new
+    return high, 1 / total.masked_fill(total == 0, 1)
+
+
 def _tile_backward(
     x: Inputs,
     options: Options,
@@ -454,18 +472,21 @@ def _tile_backward(
     do = do[at].to(wide)
     # keys that fit one tile give p and delta afresh, which is exact where a row sees a single key
     alone = part.keys.stop - part.keys.start <= KEYS and not options.chunk
-    pivot = lse[at].masked_fill(lse[at] == -math.inf, 0)[..., None]
+    pivot, inverse = lse[at][..., None], 1
+    if not alone and x.bias is not None and not options.chunk:
+        pivot, inverse = _row_state(x, options, free, part, q)
+    pivot = pivot.masked_fill(pivot == -math.inf, 0)
     scale = _scale(x, options, part.batch)
     dq = torch.zeros_like(q)
     for tile in _tiles(x, options, free, part, q):
         hidden = tile.s == -math.inf
-        p = tile.s.softmax(-1) if alone else torch.exp(tile.s - pivot)
+        p = tile.s.softmax(-1) if alone else torch.exp(tile.s - pivot) * inverse
         p = p.masked_fill(hidden, 0)
         kept = _dropped(x, options, tile.part, p)
         dp = _dropped(x, options, tile.part, _product(do, tile.v.mT)).masked_fill(hidden, 0)
         delta = (p * dp if alone else do.double() * o[at]).sum(-1, keepdim=True).to(wide)
         ds = dp - delta  # 0 to the bit where a row sees a single key
-        ds = p * (ds if dlse is None else ds + dlse[at][..., None])
+        ds = (p * (ds if dlse is None else ds + dlse[at][..., None])).masked_fill(hidden, 0)
         _add(grads.v, tile.part, tile.part.keys, _transposed_product(kept, do, heads))
         if free is not None and options.empty_rows == "uniform":
             ds = ds.masked_fill(_of(free, part.batch, part.rows)[..., None], 0)

@@ -1,7 +1,7 @@
 """`make gpu`: parity of the compiled kernels on an NVIDIA GPU, at real sizes; writes bench/results/<gpu>-parity.json.
 
-Needs nothing but a python3 with torch and Triton.  Every launch configuration that ships is among the cases: each dtype,
-each padded head size, each kernel, each field of the mask.  Exits 1 when a result is over its budget.
+Needs nothing but a python3 with torch and Triton.  Every launch configuration that ships is among the cases: each
+dtype, each padded head size, each kernel, each field of the mask.  Exits 1 when a result is over its budget.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ from crossattn_kernels.testing import FEATURES, SIZES, Case, Row, check, draw, p
 HALF = (torch.bfloat16, torch.float16)
 REAL = replace(FEATURES[0], B=2, Hq=8, Hk=4, M=777, N=1030, D=64)
 # the battery with tiles enough to be cut, and the shapes of published models
-FEATURES = [replace(REAL, **{f: getattr(c, f) for f in vars(c) if f not in ("B", "Hq", "Hk", "M", "N", "D", "Dv")}) for c in FEATURES]
-SIZES = [replace(c, M=c.M if "x" in c.name else 333, N=c.N if "x" in c.name else 401) if c.M * c.N else c for c in SIZES]
+FEATURES = [
+    replace(REAL, **{f: getattr(c, f) for f in vars(c) if f not in ("B", "Hq", "Hk", "M", "N", "D", "Dv")})
+    for c in FEATURES
+]
+SIZES = [
+    replace(c, M=c.M if "x" in c.name else 333, N=c.N if "x" in c.name else 401) if c.M * c.N else c for c in SIZES
+]
 MODELS = [
     Case("SDXL 4096 x 77", 2, 10, 10, 4096, 77, 64, source="SDXL U-Net, 64 x 64 latents"),
     Case("SD1.5 4096 x 77", 2, 8, 8, 4096, 77, 40, source="SD 1.5 U-Net"),
@@ -36,13 +41,13 @@ MODELS = [
     Case("Wan 8190 x 512", 1, 40, 40, 8190, 512, 128, source="Wan 14B, a quarter of 480p"),
     Case("Flamingo", 4, 8, 8, 1024, 320, 64, mask="media", gate="scalar", source="OpenFlamingo, 5 images"),
     Case("Idefics", 2, 32, 32, 1024, 320, 128, mask="media", empty_rows="uniform", source="Idefics 9B"),
-    Case("Llama-3.2-Vision", 1, 32, 8, 1024, 6404, 128, mask="tiles", empty_rows="attend_all", source="4 tiles of 1601"),
+    Case("Llama-3.2-Vision", 1, 32, 8, 1024, 6404, 128, mask="tiles", empty_rows="attend_all"),
     Case("Llama-3.2-Vision decode", 8, 32, 8, 1, 6404, 128, source="one token"),
     Case("Perceiver", 8, 16, 16, 64, 2112, 96, share="q expanded", source="Idefics perceiver, learned latents"),
     Case("Q-Former", 16, 12, 12, 32, 257, 64, share="q", dropout_p=0.1, source="BLIP-2"),
     Case("Whisper", 4, 20, 20, 448, 1500, 64, scale=1.0 / 8, source="Whisper large"),
     Case("Whisper beams", 5, 20, 20, 1, 1500, 64, share="kv expanded", source="one audio, five beams"),
-    Case("T5", 2, 32, 32, 512, 512, 64, scale=1.0 / 8, mask="padding", bias=(0, 1, 1, 1), source="T5 XL with a position bias"),
+    Case("T5", 2, 32, 32, 512, 512, 64, scale=1.0 / 8, mask="padding", bias=(0, 1, 1, 1), source="T5 XL"),
     Case("T5Gemma", 2, 8, 4, 333, 444, 256, softcap=50.0, source="T5Gemma"),
     Case("Mask2Former", 2, 8, 8, 100, 4096, 32, mask="head dense", empty_rows="attend_all", source="Mask2Former"),
     Case("GroundingDINO", 1, 4, 4, 4000, 200, 256, mask="padding", source="image to text"),
@@ -50,8 +55,8 @@ MODELS = [
 
 
 def cases() -> list[Case]:
-    small = [c for c in with_dtypes(FEATURES, torch.float32, *HALF)]
-    sizes = [c for c in with_dtypes(SIZES, torch.float32, *HALF)]
+    small = with_dtypes(FEATURES, torch.float32, *HALF)
+    sizes = with_dtypes(SIZES, torch.float32, *HALF)
     return small + sizes + with_dtypes(MODELS, *HALF) + with_dtypes(MODELS[:1] + MODELS[4:5], torch.float32)
 
 
@@ -82,7 +87,13 @@ def beyond_int32() -> list[Row]:
     mask = Mask(torch.full((1, 1, 1), N - 50, device="cuda"))
     y = cross_attention(q, k, k, mask)
     near = k[:, :, -50:].contiguous()
-    return [Row("y", (y - cross_attention(q, near, near)).abs().max().item(), torch.finfo(y.dtype).eps * near.abs().max().item())]
+    return [
+        Row(
+            "y",
+            (y - cross_attention(q, near, near)).abs().max().item(),
+            torch.finfo(y.dtype).eps * near.abs().max().item(),
+        )
+    ]
 
 
 def chunks() -> list[Row]:
@@ -146,7 +157,12 @@ def main() -> int:
         bad += not ok
         records.append(dict(case=name, ok=ok, failure=failure, results={r.name: [r.error, r.budget] for r in rows}))
         if not ok:
-            print("FAILED", name, failure or {r.name: f"{r.error:.2e} > {r.budget:.2e}" for r in rows if not r.ok}, flush=True)
+            print(
+                "FAILED",
+                name,
+                failure or {r.name: f"{r.error:.2e} > {r.budget:.2e}" for r in rows if not r.ok},
+                flush=True,
+            )
         if records and failure and "CUDA error" in failure:
             print("the device is lost: stopping here")
             break
@@ -155,7 +171,8 @@ def main() -> int:
     report = dict(
         gpu=gpu, capability=torch.cuda.get_device_capability(), torch=torch.__version__, triton=triton.__version__,
         commit=_commit(), date=datetime.date.today().isoformat(), seconds=round(time.time() - began, 1),
-        default_backend=explain(example, example, example).backend, passed=len(records) - bad, failed=bad, cases=records,
+        default_backend=explain(example, example, example).backend, passed=len(records) - bad, failed=bad,
+        cases=records,
     )  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-parity.json"
@@ -166,7 +183,9 @@ def main() -> int:
 
 def _commit() -> str:
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

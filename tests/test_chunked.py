@@ -17,7 +17,10 @@ LENGTHS = [(7, 16, 9), (0, 5, 0, 3), (40,), (1, 1, 1)]
 def inputs(lengths, dtype=torch.float32, B=2, Hq=4, Hk=2, M=11, D=16, Dv=24):
     g = torch.Generator().manual_seed(sum(lengths))
     q = torch.randn(B, Hq, M, D, generator=g).to(dtype)
-    pairs = [(torch.randn(B, Hk, n, D, generator=g).to(dtype), torch.randn(B, Hk, n, Dv, generator=g).to(dtype)) for n in lengths]
+    pairs = [
+        (torch.randn(B, Hk, n, D, generator=g).to(dtype), torch.randn(B, Hk, n, Dv, generator=g).to(dtype))
+        for n in lengths
+    ]
     return q, pairs
 
 
@@ -26,7 +29,9 @@ def whole(q, pairs, do, dlse, dtype, options):
     q = q.detach().to(dtype).requires_grad_()
     k, v = (torch.cat([p[i].detach().to(dtype) for p in pairs], 2).requires_grad_() for i in (0, 1))
     rest = {n: t.detach().to(dtype).requires_grad_() if isinstance(t, torch.Tensor) else t for n, t in options.items()}
-    o, lse = cross_attention(q, k, v, **rest, generator=torch.Generator().manual_seed(3), return_lse=True, backend="reference")
+    o, lse = cross_attention(
+        q, k, v, **rest, generator=torch.Generator().manual_seed(3), return_lse=True, backend="reference"
+    )
     return results(o, lse, do, dlse, q, rest, k, v)
 
 
@@ -47,7 +52,9 @@ CASES = {
     "channel gate, softcap": lambda N: dict(gate=torch.randn(4, 24), softcap=2.0),
     "dropout": lambda N: dict(dropout_p=0.3),
     "ranges": lambda N: dict(mask=Mask(torch.arange(11)[None, None] // 4, torch.arange(11)[None, None] + N)),
-    "keys, tiles": lambda N: dict(mask=Mask(keys=torch.arange(N)[None] % 3 > 0) & Mask.groups(torch.rand(11, -(-N // 4)) > 0.5, 1, 4)),
+    "keys, tiles": lambda N: dict(
+        mask=Mask(keys=torch.arange(N)[None] % 3 > 0) & Mask.groups(torch.rand(11, -(-N // 4)) > 0.5, 1, 4)
+    ),
 }
 
 
@@ -111,7 +118,8 @@ def test_callables_give_every_gradient(captured):
     pieces = context.detach().split(10, 1) if captured else context.split(10, 1)
     leaves = [p.clone().requires_grad_() for p in pieces]
     chunks = [
-        (lambda x=x: project(x)) if captured else functools.partial(project, x) for x in (leaves if captured else pieces)
+        (lambda x=x: project(x)) if captured else functools.partial(project, x)
+        for x in (leaves if captured else pieces)
     ]
     sources = [q, *project.parameters(), *(leaves if captured else [raw])]
     got = grads_of(cross_attention_chunked(q, chunks).square().sum(), sources)

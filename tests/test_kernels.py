@@ -1,4 +1,4 @@
-"""What the battery cannot see: hidden NaN, tile sizes, grids, offsets, reproducibility, and the kernels' own functions."""
+"""What the battery cannot see: hidden NaN, tile sizes, grids, offsets, reproducibility, the kernels' own functions."""
 
 import importlib
 import math
@@ -25,7 +25,7 @@ def named(name):
 
 def tile_size(monkeypatch, size):
     """Kernels whose tiles have `size` queries and keys."""
-    for module in ("forward", "backward", "bias_grad"):
+    for module in ("forward", "backward"):
         monkeypatch.setattr(kernel_module(module), "choose", lambda p, kernel: Config(size, size, 4, 1))
 
 
@@ -162,7 +162,12 @@ def test_grids_are_one_dimensional(monkeypatch):
     """Only the first dimension of a grid goes beyond 65,535."""
     seen = [
         grids(monkeypatch, module, f"{kernel}_kernel")
-        for module, kernel in (("forward", "forward"), ("backward", "dq"), ("backward", "dkv"), ("bias_grad", "bias_grad"))
+        for module, kernel in (
+            ("forward", "forward"),
+            ("backward", "dq"),
+            ("backward", "dkv"),
+            ("bias_grad", "bias_grad"),
+        )
     ]
     q = torch.zeros(35_000, 2, 17, 16, requires_grad=True)
     bias = torch.zeros(35_000, 2, 1, 3, requires_grad=True)

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
-from crossattn_kernels.kernels.backward import backward
-from crossattn_kernels.kernels.forward import forward
-from crossattn_kernels.kernels.tiles import INTERPRETED
-from crossattn_kernels.problem import Problem
+from torch import Tensor
 
-__all__ = ["backward", "forward", "unsupported"]
+from crossattn_kernels.kernels.backward import Backward
+from crossattn_kernels.kernels.bias_grad import bias_grad
+from crossattn_kernels.kernels.forward import forward
+from crossattn_kernels.kernels.views import INTERPRETED
+from crossattn_kernels.problem import Inputs, Options, Problem
+from crossattn_kernels.tiled import Gradients
+
+
+def backward(
+    dy: Tensor,
+    dlse: Tensor | None,
+    x: Inputs,
+    options: Options,
+    o: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    free: Tensor | None,
+    wanted: Gradients,
+) -> Gradients:
+    """Gradients of the wanted inputs; o is the gated output, or the ungated one when the gate varies along Dv."""
+    run = Backward(dy, dlse, x, options, o, lse, state, free)
+    row_gate = bool(wanted.gate) and not x.gate_varies
+    dq = dk = dv = dgate = dscale = None
+    if wanted.q or wanted.scale or row_gate:
+        dq, dgate, dscale = run.dq(row_gate, bool(wanted.scale))
+    if wanted.k or wanted.v:
+        dk, dv = run.dkv()
+    if wanted.gate and x.gate_varies:
+        dgate = run.dgate_by_channel()
+    found = Gradients(dq, dk, dv, bias_grad(run) if wanted.bias else None, dgate, dscale)
+    given = (x.q, x.k, x.v, x.bias, x.gate, x.scale)
+    return Gradients(*(g.to(t.dtype) if w and g is not None else None for g, t, w in zip(found, given, wanted)))
 
 
 def unsupported(problem: Problem) -> tuple[str, ...]:

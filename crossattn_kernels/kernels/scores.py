@@ -13,7 +13,9 @@ from crossattn_kernels.kernels.softmax import tanh
 from crossattn_kernels.kernels.tiles import at, load_vec, wide
 
 LOG2E = tl.constexpr(math.log2(math.e))
-LOWEST = tl.constexpr(-2.0**127)  # times LOG2E still finite: a bias of finfo.min, which many models mean by hidden, is no -inf
+LOWEST = tl.constexpr(
+    -(2.0**127)
+)  # times LOG2E still finite: a bias of finfo.min, which many models mean by hidden, is no -inf
 
 
 @triton.jit

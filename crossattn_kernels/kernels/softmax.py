@@ -27,7 +27,7 @@ def softmax_init(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
 
 
 @triton.jit
-def softmax_update(state, s, v, drop, b, h, rows, keys, PRECISION: tl.constexpr):
+def softmax_update(state, s, v, drop, b, h, rows, keys, TF32: tl.constexpr):
     """Fold in one tile of logits s: (BLOCK_M, BLOCK_N) and values v: (BLOCK_N, BLOCK_DV)."""
     m = tl.maximum(state.m, tl.max(s, 1))
     pivot = safe(m)
@@ -35,14 +35,14 @@ def softmax_update(state, s, v, drop, b, h, rows, keys, PRECISION: tl.constexpr)
     p = tl.exp2(s - pivot[:, None])
     l = state.l * alpha + tl.sum(p, 1)
     p = kept(p, drop, b, h, rows[:, None], keys[None, :])
-    return Softmax(m, l, dot(p.to(v.dtype), v, state.acc * alpha[:, None], PRECISION))
+    return Softmax(m, l, dot(p.to(v.dtype), v, state.acc * alpha[:, None], TF32))
 
 
 @triton.jit
 def softmax_finish(state):
-    """(o, lse), lse natural; a row that saw nothing gives o = 0, lse = -inf."""
+    """(o, lse, high, inverse): p = 2^(s - high) * inverse.  A row that saw nothing gives o = 0, lse = -inf."""
     l = tl.where(state.l == 0.0, 1.0, state.l)
-    return state.acc / l[:, None], (state.m + tl.log2(l)) * LN2
+    return state.acc / l[:, None], (state.m + tl.log2(l)) * LN2, state.m, 1.0 / l
 
 
 @triton.jit
@@ -58,38 +58,64 @@ def quarantine(s, v):
     return tl.where(s == float("-inf"), s, s + poison[None, :]), finite(v)
 
 
-@triton.jit
-def row_state(lse, delta, row_gate, b, h, rows, M):
-    """(lse2, delta, t) of a tile of queries; rows past the end get lse2 = inf, hence p = 0."""
-    lse2 = load_vec(lse, b, h, rows, M, float("inf")) * LOG2E
-    t = tl.zeros_like(lse2) + 1.0
-    if row_gate is not None:
-        t = tanh(load_vec(row_gate, b, h, rows, M, 0.0).to(tl.float32))
-    return lse2, load_vec(delta, b, h, rows, M, 0.0), t
+class Row(NamedTuple):
+    """What the backward knows of a tile of queries; blocks that broadcast against the tile's logits."""
+
+    pivot: tl.tensor  # p = 2^(s - pivot) * inverse
+    inverse: tl.tensor
+    delta: tl.tensor
+    gate: tl.tensor  # tanh of the gate, 1 without one
 
 
 @triton.jit
-def softmax_grad(s, dp, lse2, delta, drop, b, h, rows, keys, KEYS: tl.constexpr, ALONE: tl.constexpr):
-    """(p, ds) of a tile from its logits and dp = do vᵀ; p as it multiplied v.  Hidden entries are 0, whatever dp is.
+def load_row(known, b, h, rows, M):
+    """Row of (BLOCK_M,) blocks; queries past the end get p = 0."""
+    if known.high is None:
+        pivot = load_vec(known.lse, b, h, rows, M, float("inf")) * LOG2E
+        inverse = tl.zeros_like(pivot) + 1.0
+    else:
+        pivot = load_vec(known.high, b, h, rows, M, float("inf"))
+        inverse = load_vec(known.inverse, b, h, rows, M, 0.0)
+    gate = tl.zeros_like(pivot) + 1.0
+    if known.gate is not None:
+        gate = tanh(load_vec(known.gate, b, h, rows, M, 0.0).to(tl.float32))
+    return Row(pivot, inverse, load_vec(known.delta, b, h, rows, M, 0.0), gate)
+
+
+@triton.jit
+def down(row):
+    """Queries down the tile: (BLOCK_M, 1)."""
+    return Row(row.pivot[:, None], row.inverse[:, None], row.delta[:, None], row.gate[:, None])
+
+
+@triton.jit
+def across(row):
+    """Queries across the tile: (1, BLOCK_M)."""
+    return Row(row.pivot[None, :], row.inverse[None, :], row.delta[None, :], row.gate[None, :])
+
+
+@triton.jit
+def softmax_grad(s, dyv, row, drop, b, h, rows, keys, KEYS: tl.constexpr, ALONE: tl.constexpr):
+    """(p, ds) of a tile from its logits and dy vᵀ; p as it multiplied v.  Hidden entries are 0, whatever dy vᵀ is.
 
     KEYS is the axis of the keys.  A tile that holds ALONE all keys gives p and rowsum(o * do) = rowsum(p * dp) afresh,
-    which is exact where a row sees a single key; `delta` is then -dlse alone.
+    which is exact where a row sees a single key; delta is then -dlse alone.
     """
     hidden = s == float("-inf")
-    dp = tl.where(hidden, 0.0, kept(dp, drop, b, h, rows, keys))
+    dp = tl.where(hidden, 0.0, kept(dyv * row.gate, drop, b, h, rows, keys))
     if ALONE:
         p = tl.exp2(s - safe(tl.max(s, KEYS, keep_dims=True)))
         total = tl.sum(p, KEYS, keep_dims=True)
         p = p / tl.where(total == 0.0, 1.0, total)
         dp -= tl.sum(p * dp, KEYS, keep_dims=True)
     else:
-        p = tl.where(hidden, 0.0, tl.exp2(s - safe(lse2)))
-    return kept(p, drop, b, h, rows, keys), tl.where(hidden, 0.0, p * (dp - delta))
+        p = tl.where(hidden, 0.0, tl.exp2(s - safe(row.pivot)) * row.inverse)
+    return kept(p, drop, b, h, rows, keys), tl.where(hidden, 0.0, p * (dp - row.delta))
 
 
 @triton.jit
 def kept(x, drop, b, h, rows, keys):
-    """x where the probability is kept, raised by 1 / (1 - p), and 0 where it is dropped; `dropout.keep` in the kernels."""
+    """x raised by 1 / (1 - p) where the probability is kept, 0 where it is dropped: the kernels' `dropout.keep`."""
     if drop is not None:
         zero = (rows + keys) * 0
         draw, _, _, _ = tl.philox(

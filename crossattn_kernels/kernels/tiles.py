@@ -6,7 +6,7 @@ Indices are int32; offsets are int64, because a row times its stride may pass 2^
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from crossattn_kernels.kernels.views import INTERPRETED
 
 
 @triton.jit
@@ -70,8 +70,8 @@ def finite(x):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc, TF32: tl.constexpr):
     """a b + acc in fp32."""
     if INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee", out_dtype=tl.float32)
