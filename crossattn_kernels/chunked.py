@@ -40,8 +40,8 @@ def cross_attention_chunked(
     """`cross_attention(q, k, v)` where k and v are the chunks laid end to end, without laying them end to end.
 
     q: (B, Hq, M, D); chunks: a sequence of (k, v), each (B, Hk, n, D) and (B, Hk, n, Dv) with its own n (0 as well), or
-    of callables without arguments that return such a pair.  A callable is called in the forward and again in the backward,
-    so what it computes must not change between; its k and v, and their gradients, live only while it is worked on.
+    of callables without arguments that return such a pair.  A callable is called in the forward and in the backward, so
+    what it computes must not change between; its k and v, and their gradients, live only while it is worked on.
     Gradients reach the leaf tensors it captures (the parameters of its projections); a tensor that is itself the result
     of a computation has to be an argument, `functools.partial(project, context)`.
 
@@ -270,7 +270,7 @@ def _leaves(k: Tensor, v: Tensor, start: int, known: set[int]) -> list[Tensor]:
             leaves.append(leaf)
         elif node._sequence_nr() < start:
             raise ValueError(
-                f"a chunk captured the result of a computation ({node.name()}), and its gradient cannot be carried there: "
+                f"a chunk captured the result of a computation ({node.name()}), which its gradient cannot reach: "
                 "pass it as an argument, functools.partial(project, context)"
             )
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -13,9 +13,45 @@ from crossattn_kernels import ops, reference
 from crossattn_kernels.masks import Mask
 from crossattn_kernels.problem import Inputs, Options, Problem, SharedBatch, canonical, is_expanded, one_of
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 BACKENDS = ("triton", "torch", "reference")
 
 
+class Arguments(TypedDict, total=False):
+    """The keyword arguments of `cross_attention` that do not change what it returns, for type checkers."""
+
+    bias: Tensor | None
+    gate: Tensor | None
+    scale: float | Tensor | None
+    softcap: float | None
+    dropout_p: float
+    generator: torch.Generator | None
+    empty_rows: str
+    backend: str | None
+
+
+@overload
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **rest: Unpack[Arguments],
+) -> Tensor: ...
+@overload
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = ...,
+    *,
+    return_lse: Literal[True],
+    **rest: Unpack[Arguments],
+) -> tuple[Tensor, Tensor]: ...
 def cross_attention(
     q: Tensor,
     k: Tensor,

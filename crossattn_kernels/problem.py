@@ -293,7 +293,7 @@ def _bits(name: str, t: Tensor | None, target: tuple[int, ...], **given: Tensor)
     return t.expand(t.shape[0], target[1]) if len(target) == 2 else t
 
 
-def fit_gate(gate: Tensor, target: tuple[int, int, int, int], q: Tensor, **others: Tensor) -> Tensor:
+def fit_gate(gate: Tensor, target: tuple[int, ...], q: Tensor, **others: Tensor) -> Tensor:
     """() or (1,) one gate; (Hq,) one a head; (Hq, Dv) one a channel of a head; otherwise the usual broadcasting."""
     _same_device("gate", _typed("gate", gate, "floats", q=q, **others), q=q, **others)
     if gate.ndim == 1 and gate.shape[0] in (1, target[1]):

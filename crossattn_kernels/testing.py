@@ -1,8 +1,9 @@
 """Cases, inputs and error budgets for tests, benchmarks and the demo; nothing else imports this.
 
 The policy: inputs are drawn in the dtype under test; the oracle is the reference in fp64 on the same values; the
-yardstick is the error that the reference (eager PyTorch) makes in the dtype under test.  A result's error may be at most
-twice the yardstick, a gradient's three times, plus one rounding of the largest value.  No tolerance is set by hand.
+yardstick is the error that the reference (eager PyTorch) makes in the dtype under test.  A result's error may be at
+most twice the yardstick, a gradient's three times, plus one rounding of the largest value.  There are no other
+tolerances.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ GATES: dict[str, Callable[[Case], tuple[int, ...]]] = {
     "channel": lambda c: (c.Hq, c.Dv or c.D),
 }
 
+GATE_FORMS: tuple[Any, ...] = (*GATES, (1, 1, 1, 1), (1, 0, 1, 0), (0, 0, 0, 1))
+
 LAYOUTS: dict[str, Callable[..., Tensor]] = {
     "bhsd": lambda draw, B, H, S, D: draw(B, H, S, D),
     "bshd": lambda draw, B, H, S, D: draw(B, S, H, D).transpose(1, 2),
@@ -150,7 +153,7 @@ def draw(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Call:
         tensors["bias"] = randn(*(n if v else 1 for n, v in zip((c.B, c.Hq, c.M, c.N), c.bias)))
     if c.gate is not None:
         by_name = isinstance(c.gate, str)
-        shape = GATES[c.gate](c) if by_name else tuple(n if v else 1 for n, v in zip(full, c.gate))  # type: ignore[index, arg-type]
+        shape = GATES[c.gate](c) if by_name else tuple(n if v else 1 for n, v in zip(full, c.gate))  # type: ignore[index]
         tensors["gate"] = randn(*shape) if c.gate_value is None else torch.full_like(randn(*shape), c.gate_value)
     if isinstance(c.scale, str):
         tensors["scale"] = randn(*(() if c.scale == "scalar" else (c.Hq,))).abs() / math.sqrt(c.D)
@@ -166,7 +169,7 @@ def run(call: Call, backend: str | None, dtype: torch.dtype | None = None, dropo
     device = call.tensors["q"].device
     generator = torch.Generator(device).manual_seed(dropout_seed) if call.options.get("dropout_p") else None
     q, k, v = (_same_strides(cast[n], call.tensors[n]) for n in "qkv")
-    rest = {n: t for n, t in cast.items() if n not in "qkv"}
+    rest: dict[str, Any] = {n: t for n, t in cast.items() if n not in "qkv"}
     y, lse = cross_attention(
         q, k, v, call.mask, **rest, **call.options, generator=generator, return_lse=True, backend=backend
     )  # fmt: skip
@@ -266,7 +269,7 @@ FEATURES = [
     *(replace(PLAIN, name=f"bias {b}", bias=b)
       for b in ((1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 1, 1), (0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 0, 1), (1, 1, 1, 0),
                 (0, 0, 0, 0))),
-    *(replace(PLAIN, name=f"gate {g}", gate=g) for g in (*GATES, (1, 1, 1, 1), (1, 0, 1, 0), (0, 0, 0, 1))),
+    *(replace(PLAIN, name=f"gate {g}", gate=g) for g in GATE_FORMS),
     *(replace(PLAIN, name=f"gate {g} at 0", gate=g, gate_value=0.0) for g in GATES),
     replace(PLAIN, name="scale number", scale=0.7),
     replace(PLAIN, name="scale scalar", scale="scalar"),

@@ -11,6 +11,8 @@ from crossattn_kernels.kernels.views import INTERPRETED
 from crossattn_kernels.problem import Inputs, Options, Problem
 from crossattn_kernels.tiled import Gradients
 
+__all__ = ["backward", "forward", "unsupported"]
+
 
 def backward(
     dy: Tensor,
@@ -34,8 +36,8 @@ def backward(
     if wanted.gate and x.gate_varies:
         dgate = run.dgate_by_channel()
     found = Gradients(dq, dk, dv, bias_grad(run) if wanted.bias else None, dgate, dscale)
-    given = (x.q, x.k, x.v, x.bias, x.gate, x.scale)
-    return Gradients(*(g.to(t.dtype) if w and g is not None else None for g, t, w in zip(found, given, wanted)))
+    asked = ((g, getattr(x, name), w) for name, g, w in zip(Gradients._fields, found, wanted))
+    return Gradients(*(g.to(t.dtype) if w and g is not None else None for g, t, w in asked))
 
 
 def unsupported(problem: Problem) -> tuple[str, ...]:

@@ -100,4 +100,4 @@ def tile_ranges(x: Inputs, options: Options, free: Tensor | None, BLOCK_M: int) 
     tile_ranges_kernel[(tiles * b * h,)](
         Ranges(view(lo), view(hi)), mask, h, M, N, BLOCK_M=BLOCK_M, enable_fp_fusion=True
     )
-    return Ranges(view(lo, B, Hq, tiles), view(hi, B, Hq, tiles))  # type: ignore[arg-type]
+    return Ranges(view(lo, B, Hq, tiles), view(hi, B, Hq, tiles))

@@ -62,8 +62,8 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
         row_gate, gate = (None, view(x.gate, *y.shape)) if x.gate_varies else (row_gate_view(x), None)
         forward_kernel[(triton.cdiv(M, config.BLOCK_M) * B * Hq,)](
             view(x.q, B, *x.q.shape[1:]), view(x.k, B, *x.k.shape[1:]), view(x.v, B, *x.v.shape[1:]),
-            view(y), view(o) if x.gate_varies else None, view(lse), view(state[:, 0]), view(state[:, 1]), row_gate, gate,
-            logits_view(x, options, free), dropout_view(x, options), Hq, M, N,
+            view(y), view(o) if x.gate_varies else None, view(lse), view(state[:, 0]), view(state[:, 1]),
+            row_gate, gate, logits_view(x, options, free), dropout_view(x, options), Hq, M, N,
             **launch_options(problem, options, config),
         )  # fmt: skip
     return y, o, lse, state, x.q.new_empty(0, dtype=torch.bool) if free is None else free.view(torch.bool)

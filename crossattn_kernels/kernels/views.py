@@ -13,7 +13,6 @@ from crossattn_kernels import dropout
 from crossattn_kernels.problem import Inputs, Options, Problem
 from crossattn_kernels.tuning import Config, power_of_two
 
-
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
