@@ -1,0 +1,86 @@
+"""`make gpu` without a GPU: what the script does with results, failures and a missing device."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossattn_kernels.problem import Problem
+from crossattn_kernels.testing import Row, draw
+from crossattn_kernels.tuning import choose
+
+SPEC = importlib.util.spec_from_file_location("gpu_script", Path(__file__).with_name("gpu.py"))
+gpu = importlib.util.module_from_spec(SPEC)
+sys.modules["gpu_script"] = gpu
+SPEC.loader.exec_module(gpu)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine that says it has a GPU; the work itself is replaced in each test."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **k: zeros(*a, **k))
+    monkeypatch.setattr(gpu, "CHECKS", {"bitwise": lambda: [Row("y", 0.0, 0.0)]})
+
+
+def report_of(monkeypatch, tmp_path, check):
+    monkeypatch.setattr(gpu, "check", check)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+    status = gpu.main()
+    return status, json.loads((tmp_path / "nvidia-test-1-parity.json").read_text())
+
+
+def test_passing(machine, monkeypatch, tmp_path):
+    status, report = report_of(monkeypatch, tmp_path, lambda case, backend, device: [Row("y", 1.0, 2.0)])
+    assert status == 0 and report["failed"] == 0 and report["passed"] == len(gpu.cases()) + 1
+    assert report["cases"][0] == {"case": "plain-float32", "ok": True, "failure": None, "results": {"y": [1.0, 2.0]}}
+
+
+def test_over_budget_and_raising(machine, monkeypatch, tmp_path, capsys):
+    def check(case, backend, device):
+        if case.name == "plain":
+            return [Row("y", float("nan"), 2.0)]
+        if case.name == "softcap":
+            raise RuntimeError("no such instruction")
+        return [Row("y", 0.0, 1.0)]
+
+    status, report = report_of(monkeypatch, tmp_path, check)
+    failed = [c for c in report["cases"] if not c["ok"]]
+    assert status == 1 and report["failed"] == len(failed) == 6
+    assert "no such instruction" in next(c for c in failed if c["case"].startswith("softcap"))["failure"]
+    assert "FAILED plain-float32" in capsys.readouterr().out
+
+
+def test_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main() == 2 and "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_every_configuration_is_among_the_cases():
+    """Each (dtype, padded head size) of the tables meets a case that is large enough to use it whole."""
+    seen = set()
+    for case in gpu.cases():
+        sizes = (case.B, case.Hq, case.Hk, case.M, case.N, case.D, case.Dv or case.D)
+        problem = Problem(*sizes, case.dtype, torch.device("cuda"))
+        seen |= {(case.dtype.itemsize, kernel, choose(problem, kernel)) for kernel in ("forward", "dq", "dkv")}
+    for dtype in (torch.float32, torch.bfloat16):
+        for D in (64, 128, 256):
+            problem = Problem(2, 8, 4, 4096, 4096, D, D, dtype, torch.device("cuda"))
+            for kernel in ("forward", "dq", "dkv"):
+                assert (dtype.itemsize, kernel, choose(problem, kernel)) in seen, (dtype, D, kernel)
+
+
+def test_cases_can_be_drawn():
+    """Names are unique and each case draws (at a small size)."""
+    cases = gpu.cases()
+    assert len({str(c) for c in cases}) == len(cases)
+    for case in cases[:: len(cases) // 40]:
+        small = {"M": min(case.M, 20), "N": min(case.N, 20)}
+        assert draw(type(case)(**{**vars(case), **small})).tensors["q"].shape[2] == small["M"]
