@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import time
 import traceback
 import warnings
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,57 +132,76 @@ def graph() -> list[Row]:
     return [Row(f"result {i}", float((a != b).sum().item()), 0.0) for i, (a, b) in enumerate(zip(results, eager))]
 
 
+CASES = {str(c): c for c in cases()}
 CHECKS = dict(bitwise=bitwise, many_programs=many_programs, beyond_int32=beyond_int32, chunks=chunks, graph=graph)
+
+
+def record(name: str) -> dict:
+    """Result of one case or check, by its name; whatever goes wrong is part of it."""
+    try:
+        if name in CHECKS:  # not poisoned: a graph cannot be captured while fresh memory is being filled
+            rows, failure = CHECKS[name](), None
+        else:
+            with poisoned(strict=False):
+                rows, failure = check(CASES[name], "triton", "cuda"), None
+    except Exception:
+        rows, failure = [], traceback.format_exc(limit=-3)
+    ok = failure is None and all(r.ok for r in rows)
+    if not ok:
+        over = {r.name: f"{r.error:.2e} > {r.budget:.2e}" for r in rows if not r.ok}
+        print("FAILED", name, failure or over, flush=True)
+    return dict(case=name, ok=ok, failure=failure, results={r.name: [r.error, r.budget] for r in rows})
+
+
+def records(names: list[str], workers: int) -> list[dict]:
+    """In several processes, because nearly all of the time is compilation."""
+    if workers == 1:
+        return [record(name) for name in names]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=quiet) as pool:
+        futures = [pool.submit(record, name) for name in names]
+        return [_outcome(name, future) for name, future in zip(names, futures)]
+
+
+def _outcome(name: str, future: Future) -> dict:
+    try:
+        return future.result()
+    except BrokenProcessPool:  # a compiler or a driver that aborts takes its process along, and the pool with it
+        return dict(case=name, ok=False, failure="a worker process died before or during this case", results={})
+
+
+def quiet() -> None:
+    warnings.filterwarnings("ignore", message=".*deterministic")  # of the reference, not of the kernels
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-k", default="", help="only cases whose name contains this")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the report")
+    parser.add_argument(
+        "--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile and run"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("make gpu needs an NVIDIA GPU that this torch can use; there is none")
         return 2
-    warnings.filterwarnings("ignore", message=".*deterministic")  # of the reference, not of the kernels
-    began, records, bad = time.time(), [], 0
-    jobs = {str(c): (lambda c=c: check(c, "triton", "cuda")) for c in cases()} | CHECKS
-    for name, job in jobs.items():
-        if args.k not in name:
-            continue
-        try:
-            if name in CHECKS:  # a graph cannot be captured while fresh memory is being filled
-                rows, failure = job(), None
-            else:
-                with poisoned(strict=False):
-                    rows, failure = job(), None
-        except Exception:
-            rows, failure = [], traceback.format_exc(limit=-3)
-        ok = failure is None and all(r.ok for r in rows)
-        bad += not ok
-        records.append(dict(case=name, ok=ok, failure=failure, results={r.name: [r.error, r.budget] for r in rows}))
-        if not ok:
-            print(
-                "FAILED",
-                name,
-                failure or {r.name: f"{r.error:.2e} > {r.budget:.2e}" for r in rows if not r.ok},
-                flush=True,
-            )
-        if records and failure and "CUDA error" in failure:
-            print("the device is lost: stopping here")
-            break
+    quiet()
+    began = time.time()
+    done = records([name for name in (*CHECKS, *CASES) if args.k in name], args.workers)
+    bad = sum(not r["ok"] for r in done)
     gpu = torch.cuda.get_device_name()
     example = torch.zeros(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
     report = dict(
         gpu=gpu, capability=torch.cuda.get_device_capability(), torch=torch.__version__, triton=triton.__version__,
         commit=_commit(), date=datetime.date.today().isoformat(), seconds=round(time.time() - began, 1),
-        default_backend=explain(example, example, example).backend, passed=len(records) - bad, failed=bad,
-        cases=records,
+        default_backend=explain(example, example, example).backend, passed=len(done) - bad, failed=bad,
+        cases=sorted(done, key=lambda r: r["case"]),
     )  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-parity.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{len(records) - bad} passed, {bad} failed in {report['seconds']} s on {gpu}: {path}")
-    return 1 if bad or not records else 0
+    print(f"{len(done) - bad} passed, {bad} failed in {report['seconds']} s on {gpu}: {path}")
+    return 1 if bad or not done else 0
 
 
 def _commit() -> str:
