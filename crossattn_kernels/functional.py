@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 BACKENDS = ("triton", "torch", "reference")
+HAS_TRITON = find_spec("triton") is not None
 
 
 class Arguments(TypedDict, total=False):
@@ -146,7 +147,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, 
 def unsupported(problem: Problem, backend: str) -> tuple[str, ...]:
     """Every reason why a backend cannot serve a problem."""
     if backend == "triton":
-        if find_spec("triton") is None:
+        if not HAS_TRITON:
             return ("triton is not installed",)
         from crossattn_kernels import kernels
 

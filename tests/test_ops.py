@@ -122,11 +122,8 @@ def test_fakes_describe_the_results(case, backend):
         assert description(fake) == description(op(*args))
 
 
-@backends
-@cases
+@pytest.mark.parametrize("case, backend", [*((c, "torch") for c in CASES), (SMALL, "triton")], ids=str)
 def test_opcheck(case, backend):
-    if backend == "triton" and case is not EVERYTHING:
-        pytest.skip("the interpreter is slow; the fakes of every case are compared above")
     forward_args, backward_args = operator_arguments(case, backend, differentiable=True)
     torch.library.opcheck(forward, forward_args)
     torch.library.opcheck(backward, backward_args)
@@ -146,7 +143,7 @@ def test_the_operator_is_differentiable(backend):
 def test_gradients_do_not_depend_on_which_are_wanted(backend):
     tensors, f = leaves(EVERYTHING), attend(EVERYTHING, backend)
     _, *every = results(f, tensors.values())
-    for wanted in (*([name] for name in tensors), ["k", "v"], ["bias", "gate", "scale"]):
+    for wanted in (*([name] for name in tensors), ["k", "v"]):
         some = {n: t if n in wanted else t.detach() for n, t in tensors.items()}
         _, *found = results(f, some.values())
         close(found, [g for n, g in zip(tensors, every) if n in wanted])
@@ -172,7 +169,7 @@ def test_only_one_result_is_used(used, backend):
 
 
 @backends
-@cases
+@pytest.mark.parametrize("case", [EVERYTHING, CASES[2], CASES[4]], ids=str)
 def test_two_runs_are_bitwise_equal(case, backend):
     tensors = leaves(case).values()
     same(results(attend(case, backend), tensors), results(attend(case, backend), tensors))
@@ -277,8 +274,7 @@ def compiled(f: Callable[..., Any], dynamic: bool = False, backend: str = "aot_e
     return torch.compile(f, fullgraph=True, dynamic=dynamic, backend=backend)
 
 
-@backends
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("backend, dynamic", [("torch", False), ("torch", True), ("triton", True)])
 def test_compile(dynamic, backend):
     tensors = list(leaves(EVERYTHING).values())
     f = attend(EVERYTHING, backend)
@@ -325,8 +321,7 @@ def test_compile_with_a_mask_passed_in(dynamic):
         )
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("side", ["q", "kv"])
+@pytest.mark.parametrize("side, dynamic", [("q", False), ("kv", True)])
 def test_compile_with_a_stride_0_batch(side, dynamic):
     def inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t[:1].expand(3, -1, -1, -1) if n in side else t for n, t in zip("qkv", (q, k, v)))
@@ -479,8 +474,7 @@ def test_an_exported_program_can_be_saved(tmp_path):
 # ---- checkpointing ----
 
 
-@backends
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("backend, use_reentrant", [("torch", False), ("torch", True), ("triton", False)])
 def test_checkpoint(use_reentrant, backend):
     case = replace(EVERYTHING, dropout_p=0.3)
     tensors = leaves(case).values()
@@ -546,9 +540,7 @@ def looped(f: Callable[..., Any], tensors: list[Tensor], dims: list[int | None])
     return tuple(torch.stack(r) for r in zip(*each))
 
 
-@pytest.mark.parametrize(
-    "name, backend", [*((name, "torch") for name in VMAPS), ("shared parameters", "triton"), ("shared q", "triton")]
-)
+@pytest.mark.parametrize("name, backend", [*((name, "torch") for name in VMAPS), ("shared parameters", "triton")])
 def test_vmap(name, backend):
     """Results and per-sample gradients of everything, shared or not, against a loop."""
     case = FUNC_CASES[name]
@@ -558,8 +550,10 @@ def test_vmap(name, backend):
     def loss(*tensors: Tensor) -> tuple[Tensor, Any]:
         y, lse = f(*tensors)
         weights = torch.linspace(-1, 2, y.numel()).reshape(y.shape)
-        # lse of some cases only: its gradient is then None in the others
-        return (weights * y).sum() + (lse.masked_fill(lse == -torch.inf, 0).sum() if "gate" in name else 0), (y, lse)
+        total = (weights * y).sum()
+        if name in ("everything", "only gate"):  # in the others the gradient of lse is None
+            total = total + lse.masked_fill(lse == -torch.inf, 0).sum()
+        return total, (y, lse)
 
     def both(*tensors: Tensor) -> tuple[Tensor, ...]:
         gradients, (y, lse) = grad(loss, argnums=tuple(range(len(tensors))), has_aux=True)(*tensors)
