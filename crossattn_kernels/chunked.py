@@ -150,7 +150,8 @@ def _call(
     )
     backend = choose(Problem.of(x), settings.backend)
     # tensors expanded over the batch stay so: their gradients are summed by whoever expanded them
-    return x._replace(q=q, k=k, v=v, seed=seed), options._replace(first_key=piece.first, chunk=True), backend
+    expanded = dict(q=q, k=k, v=v) if x.q.shape != q.shape or x.k.shape != k.shape else {}
+    return x._replace(**expanded, seed=seed), options._replace(first_key=piece.first, chunk=True), backend
 
 
 def _columns(bias: Tensor, piece: Piece) -> Tensor:

@@ -132,7 +132,7 @@ def canonical(
     """
     given = dict(q=q, k=k, v=v)
     _check_tensors(**given)
-    x = Inputs(*_shared_batch(q, k, v))
+    x = Inputs(*map(_unit_last_stride, _shared_batch(q, k, v)))
     B, Hq, M, N = x.sizes
     bias = None if bias is None else _fit("bias", _typed("bias", bias, "floats", **given), (B, Hq, M, N), **given)
     if isinstance(mask, Tensor):
@@ -223,6 +223,11 @@ def _shared_batch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
     if is_expanded(k) and is_expanded(v) and q.shape[0] > 1:
         return q, SharedBatch.apply(k), SharedBatch.apply(v)
     return q, k, v
+
+
+def _unit_last_stride(t: Tensor) -> Tensor:
+    """A tensor whose rows do not lie together is copied here, once for forward and backward; any other stays."""
+    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
 
 
 def is_expanded(t: Tensor) -> bool:
