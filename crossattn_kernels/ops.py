@@ -72,15 +72,21 @@ def backward_op(
     wanted: Sequence[bool],
     *call: Any,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, bias, gate and scale, contiguous; an empty tensor for one that is not wanted.
+    """Gradients of q, k, v, bias, gate and scale; an empty tensor for one that is not wanted.
 
+    Those of q, k and v are laid out as y, (B, sequence, H, D), as projections take them; the others are contiguous.
     o: the forward's o, or its y where that o is empty.
     """
     x, options, backend = _unpack(call)
     filled = free if _keeps_free(x, options) else None
     with torch.autocast(x.q.device.type, enabled=False):
         grads = _engine(backend).backward(dy, dlse, x, options, o, lse, state, filled, Gradients._make(wanted))
-    return tuple(x.q.new_empty(0) if g is None else g.contiguous() for g in grads)
+    return tuple(
+        x.q.new_empty(0) if g is None
+        else g.transpose(1, 2).contiguous().transpose(1, 2) if name in ("q", "k", "v")
+        else g.contiguous()
+        for name, g in zip(Gradients._fields, grads)
+    )  # fmt: skip
 
 
 @torch.library.register_fake("crossattn::forward", lib=LIBRARY)
@@ -99,8 +105,12 @@ def _(*call: Any) -> tuple[Tensor, ...]:
 def _(dy: Tensor, dlse: Tensor | None, o: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     wanted, call = rest[3], rest[4:]
     x, _, _ = _unpack(call)
-    given = (getattr(x, name) for name in Gradients._fields)
-    return tuple(t.new_empty(t.shape) if w else x.q.new_empty(0) for t, w in zip(given, wanted))
+
+    def fake(name: str) -> Tensor:
+        t = getattr(x, name)
+        return t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) if name in ("q", "k", "v") else t.new_empty(t.shape)
+
+    return tuple(fake(name) if w else x.q.new_empty(0) for name, w in zip(Gradients._fields, wanted))
 
 
 def _unpack(call: Sequence[Any]) -> tuple[Inputs, Options, str]:

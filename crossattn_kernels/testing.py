@@ -163,8 +163,10 @@ def draw(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Call:
     return Call(tensors, mask, options, randn(*full), randn(*full[:3]).float())
 
 
-def run(call: Call, backend: str | None, dtype: torch.dtype | None = None, dropout_seed: int = 11) -> dict[str, Tensor]:
-    """y, lse and all gradients ("dq", ...); in another dtype if one is given."""
+def run(
+    call: Call, backend: str | None, dtype: torch.dtype | None = None, through_lse: bool = True, dropout_seed: int = 11
+) -> dict[str, Tensor]:
+    """y, lse and all gradients ("dq", ...); in another dtype if one is given, without a gradient of lse if so asked."""
     cast = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in call.tensors.items()}
     device = call.tensors["q"].device
     generator = torch.Generator(device).manual_seed(dropout_seed) if call.options.get("dropout_p") else None
@@ -173,8 +175,9 @@ def run(call: Call, backend: str | None, dtype: torch.dtype | None = None, dropo
     y, lse = cross_attention(
         q, k, v, call.mask, **rest, **call.options, generator=generator, return_lse=True, backend=backend
     )  # fmt: skip
-    finite_lse = lse.masked_fill(lse == -math.inf, 0)
-    loss = (y * call.dy.to(y.dtype)).sum(dtype=lse.dtype) + (finite_lse * call.dlse.to(lse.dtype)).sum()
+    loss = (y * call.dy.to(y.dtype)).sum(dtype=lse.dtype)
+    if through_lse:
+        loss = loss + (lse.masked_fill(lse == -math.inf, 0) * call.dlse.to(lse.dtype)).sum()
     grads = torch.autograd.grad(loss, list(cast.values()), allow_unused=True)
     results = {"y": y.detach(), "lse": lse.detach()}
     for name, t, grad in zip(cast, cast.values(), grads):
@@ -209,13 +212,16 @@ def _largest(t: Tensor) -> float:
     return t.abs().max().item() if t.numel() else 0.0
 
 
-def check(case: Case, backend: str | None, device: torch.device | str = "cpu", seed: int = 0) -> list[Row]:
+def check(
+    case: Case, backend: str | None, device: torch.device | str = "cpu", seed: int = 0, through_lse: bool = True
+) -> list[Row]:
     """Errors and budgets of a backend on a case: results and all gradients."""
     few = any(t.numel() < FEW for t in draw(case).tensors.values())
 
     def rows(seed: int) -> list[Row]:
         call = draw(case, device, seed)
-        return compare(run(call, backend), run(call, "reference", torch.float64), run(call, "reference"))
+        ways = ((backend, None), ("reference", torch.float64), ("reference", None))
+        return compare(*(run(call, name, dtype, through_lse) for name, dtype in ways))
 
     return worst([rows(seed + i) for i in range(DRAWS if few else 1)])
 

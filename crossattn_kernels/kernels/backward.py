@@ -110,6 +110,13 @@ def dkv_kernel(q, k, v, do, dk, dv, known, ranges, logits, drop, batches, Hq, M,
     store_rows(dv, shared, hk, keys, e, N, C.DV, dv_acc)
 
 
+def by_sequence(t: Tensor, fill: bool) -> Tensor:
+    """A gradient of q, k or v, (B, H, sequence, D), laid out as (B, sequence, H, D); zeros if no kernel fills it."""
+    like = t.transpose(1, 2)
+    fresh = torch.zeros_like if fill else torch.empty_like
+    return fresh(like, memory_format=torch.contiguous_format).transpose(1, 2)
+
+
 class Backward:
     """One backward: what its kernels share, and their launches."""
 
@@ -167,7 +174,7 @@ class Backward:
         x, (B, Hq, M, N) = self.x, self.x.sizes
         entries = x.q.shape[0]
         config, launch = self.launch("dq")
-        dq = torch.zeros_like(x.q) if not B * N else torch.empty_like(x.q, memory_format=torch.contiguous_format)
+        dq = by_sequence(x.q, fill=not B * N)
         gate_sum = torch.zeros_like(self.lse) if gate else None
         scale_sum = torch.zeros_like(self.lse[:entries]) if scale else None
         if B * Hq * M * N:
@@ -184,8 +191,7 @@ class Backward:
         x, (B, Hq, M, N) = self.x, self.x.sizes
         entries, Hk = x.k.shape[:2]
         config, launch = self.launch("dkv")
-        fresh = torch.empty_like if B * M else torch.zeros_like
-        dk, dv = (fresh(t, memory_format=torch.contiguous_format) for t in (x.k, x.v))
+        dk, dv = (by_sequence(t, fill=not B * M) for t in (x.k, x.v))
         if B * Hk * N * M:
             dkv_kernel[(triton.cdiv(N, config.BLOCK_N) * entries * Hk,)](
                 self.q, self.k, self.v, view(self.do), view(dk), view(dv), self.known(config),

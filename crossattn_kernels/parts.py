@@ -1,0 +1,244 @@
+"""Who sees what, cut into parts that are worth a call of their own: the schedule of `tiled.py`.
+
+A part is a batch slice and a run of queries with the keys that hold all they see, so hidden ranges cost no time and no
+mask is larger than a few tiles.
+
+Letters: B batch, Hq query heads, Hk key heads, M queries, N keys, D head size; b, m, n those of a part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossattn_kernels.problem import Inputs, Options
+
+TILE = 2**20  # logits in one tile, all heads together
+KEYS = 1024  # keys in one tile
+# PyTorch's flash kernel, as measured
+PART = 2**16  # logits that take it as long as a call takes besides
+ROWS, BLOCK = 192, 256  # queries from which on it is fast, forward and backward
+
+
+def finite(t: Tensor) -> bool:
+    """A sum is finite only if all its terms are; the converse may fail, which costs time and nothing else."""
+    return math.isfinite(t.sum(dtype=wide(t)).item())
+
+
+def wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call: its tensors, its options and the rows that the mask leaves empty and `empty_rows` fills."""
+
+    x: Inputs
+    options: Options
+    free: Tensor | None  # bool (1|B, 1|Hq, M)
+
+    @cached_property
+    def finite(self) -> bool:
+        """True only if all of k and v is finite."""
+        return finite(self.x.k) and finite(self.x.v)
+
+
+class Part(NamedTuple):
+    """Queries `rows` of batch entries `batch`, and `keys`, which hold all that they see.
+
+    kind: "whole", each query sees each key; "causal", the i-th query sees the first i keys; "masked", the mask knows.
+    """
+
+    batch: slice
+    rows: slice
+    keys: slice
+    kind: str
+
+
+def parts(call: Call, backward: bool = False) -> Iterator[Part]:
+    """Parts that cover every query; in the backward, entries that share a tensor stay apart and sum its gradient."""
+    x = call.x
+    B, Hq, M, N = x.sizes
+    if not B * Hq * M:
+        return
+    apart = backward and 1 in (x.q.shape[0], x.k.shape[0])
+    by_range = x.keys is None and x.visible is None and x.bias is None
+    if x.start is x.end is None or x.q.device.type != "cpu":  # elsewhere, to read the ranges would wait for the device
+        kind = "whole" if by_range and x.start is x.end is None else "masked"
+        for batch in steps(slice(0, B), 1 if apart else B):
+            yield from _bounded(x, Part(batch, slice(0, M), slice(0, N), kind))
+        return
+    varies = any(t is not None and t.shape[0] > 1 for t in (x.start, x.end, call.free))
+    # entries too small to be worth a part of their own stay together
+    for batch in steps(slice(0, B), 1 if apart else max(1, PART // (Hq * M * max(1, N))) if varies else B):
+        start, end, agree = _ranges(call, batch)
+        heads, alike = Hq * (batch.stop - batch.start), by_range and agree
+        # 16-bit gradients are exact in short parts only, see _exact
+        stairs = _stairs(start, end) if alike and not (backward and x.q.dtype.itemsize == 2) else []
+        first = 0
+        for top, bottom in (*stairs, (M, M)):
+            if first < top:
+                for run in _runs(start[first:top], end[first:top], heads, alike, BLOCK if backward else ROWS):
+                    rows = slice(first + run.rows.start, first + run.rows.stop)
+                    yield from _bounded(x, run._replace(batch=batch, rows=rows))
+            if top < bottom:
+                yield Part(batch, slice(top, bottom), slice(int(start[top]), int(end[bottom - 1])), "causal")
+            first = bottom
+
+
+def _ranges(call: Call, batch: slice) -> tuple[Tensor, Tensor, bool]:
+    """(first, last + 1) key of every query, (M,), over all heads of these entries; True if heads and entries agree."""
+    x = call.x
+    _, _, M, N = x.sizes
+    start = torch.zeros(1, 1, 1, dtype=torch.int32) if x.start is None else of(x.start, batch)
+    end = torch.full((1, 1, 1), N, dtype=torch.int32) if x.end is None else of(x.end, batch).clamp(max=N)
+    start, end = torch.broadcast_tensors(start, end)
+    empty = start >= end
+    start, end = start.masked_fill(empty, N), end.masked_fill(empty, 0)
+    if call.free is not None:
+        free = of(call.free, batch)
+        start, end = start.masked_fill(free, 0), end.masked_fill(free, N)
+    agree = start.shape[:2] == (1, 1)
+    return start.amin((0, 1)).expand(M), end.amax((0, 1)).expand(M), agree
+
+
+def _stairs(start: Tensor, end: Tensor) -> list[tuple[int, int]]:
+    """(first, last + 1) of long stretches of queries that see one key, then two, and so on."""
+    breaks = ((start[1:] != start[:-1]) | (end[1:] != end[:-1] + 1)).nonzero().flatten() + 1
+    bounds = torch.cat((breaks.new_tensor([0]), breaks, breaks.new_tensor([start.numel()])))
+    first, last = bounds[:-1], bounds[1:]
+    long = (last - first >= ROWS) & (end[first] == start[first] + 1)
+    return list(zip(first[long].tolist(), last[long].tolist()))
+
+
+def _runs(start: Tensor, end: Tensor, heads: int, alike: bool, rows: int) -> Iterator[Part]:
+    """Neighbouring queries, joined while little of what they and their keys span is hidden, or they are few.
+
+    start, end: (M,), M > 0; heads: of all entries; alike: all of them have the same ranges and nothing else is hidden;
+    rows: from how many on they are not few.
+    """
+    change = ((start[1:] != start[:-1]) | (end[1:] != end[:-1])).nonzero().flatten() + 1
+    firsts = [0, *change.tolist()]
+    lows, highs = start[firsts].tolist(), end[firsts].tolist()
+    first, low, high, seen, plain = 0, lows[0], highs[0], 0, True  # plain: their ranges are low..high-1 and no less
+
+    def run(stop: int) -> Part:
+        kind = "whole" if alike and plain else "masked"
+        return Part(slice(0), slice(first, stop), slice(low, max(low, high)), kind)
+
+    for row, stop, row_low, row_high in zip(firsts, [*firsts[1:], start.numel()], lows, highs):
+        own = (stop - row) * max(0, row_high - row_low)
+        joint_low, joint_high = min(low, row_low), max(high, row_high)
+        hidden = (stop - first) * max(0, joint_high - joint_low) - seen - own
+        allowed = max(PART if stop - first > rows else 8 * PART, (seen + own) * heads // 8)
+        long = alike and max(stop - row, row - first) >= ROWS
+        if hidden and (long or hidden * heads > allowed):
+            yield run(row)
+            first, low, high, seen, plain = row, row_low, row_high, own, True
+        else:
+            low, high, seen, plain = joint_low, joint_high, seen + own, plain and not hidden
+    yield run(start.numel())
+
+
+def steps(whole: slice, step: int) -> Iterator[slice]:
+    for first in range(whole.start, whole.stop, step):
+        yield slice(first, min(first + step, whole.stop))
+
+
+def pieces(part: Part, entries: int, rows: int) -> Iterator[Part]:
+    for batch in steps(part.batch, entries):
+        for some in steps(part.rows, rows):
+            yield part._replace(batch=batch, rows=some)
+
+
+def size(part: Part) -> tuple[int, int, int]:
+    """(b, m, n)."""
+    return (part.batch.stop - part.batch.start, part.rows.stop - part.rows.start, part.keys.stop - part.keys.start)
+
+
+def _bounded(x: Inputs, part: Part) -> Iterator[Part]:
+    """A part cut so that its mask is at most two tiles."""
+    b, m, n = size(part)
+    by_row = [t for t in (x.start, x.end, x.visible, x.bias) if t is not None]
+    if part.kind == "masked" and by_row and n:
+        low, high = part.keys.start // 16 * 16, -(-part.keys.stop // 16) * 16  # matrix products like multiples of 16
+        part = part._replace(keys=slice(low, min(high, x.sizes[3])))
+        masks = min(b, max(t.shape[0] for t in by_row)) * max(t.shape[1] for t in by_row)
+        m = max(1, min(m, 2 * TILE // (masks * size(part)[2])))
+    yield from pieces(part, b, m)
+
+
+def small(x: Inputs, part: Part) -> Iterator[Part]:
+    """A part cut into pieces whose logits fill one tile."""
+    b, _, n = size(part)
+    row = x.sizes[1] * min(KEYS, max(1, n))
+    entries = min(b, max(1, TILE // (16 * row)))
+    yield from pieces(part, entries, max(16, TILE // (row * entries)))
+
+
+def free_rows(x: Inputs, options: Options) -> Tensor | None:
+    """Bool (1|B, 1|Hq, M): rows that the mask leaves empty, if `empty_rows` asks to fill them."""
+    if options.empty_rows == "zero" or options.mask(x).is_trivial():
+        return None
+    call = Call(x, options, None)
+    _, _, M, N = x.sizes
+    batch, heads = options.mask(x).lead()
+    seen = torch.zeros(batch, heads, M, dtype=torch.bool, device=x.q.device)
+    for rows in steps(slice(0, M), max(1, TILE // max(1, batch * heads * min(N, KEYS)))):
+        for keys in steps(slice(0, N), KEYS):
+            tile = visible(call, Part(slice(0, batch), rows, keys, "masked"))
+            assert tile is not None
+            seen[:, :, rows] |= tile.any(-1)
+    return ~seen
+
+
+def visible(call: Call, part: Part) -> Tensor | None:
+    """Bool, broadcastable to (b, Hq, m, n); None when everything is visible."""
+    x, device = call.x, call.x.q.device
+    key = torch.arange(part.keys.start, part.keys.stop, device=device)
+    terms = []
+    if x.start is not None:
+        terms.append(key >= of(x.start, part.batch, part.rows)[..., None])
+    if x.end is not None:
+        terms.append(key < of(x.end, part.batch, part.rows)[..., None])
+    if x.keys is not None:
+        terms.append(of(x.keys, part.batch)[:, part.keys][:, None, None])
+    if x.visible is not None:
+        bits = of(x.visible, part.batch)
+        row = torch.arange(part.rows.start, part.rows.stop, device=device)
+        bits = bits[:, :, row // call.options.query_group] if bits.shape[2] > 1 else bits
+        terms.append(bits[..., key // call.options.key_group] if bits.shape[3] > 1 else bits)
+    if not terms:
+        return None
+    seen = terms[0]
+    for term in terms[1:]:
+        seen = seen & term
+    return seen if call.free is None else seen | of(call.free, part.batch, part.rows)[..., None]
+
+
+def of(t: Tensor, batch: slice, rows: slice = slice(None)) -> Tensor:
+    """A part of a tensor whose batch (and, from three dimensions on, its third) may be broadcast."""
+    t = t[batch] if t.shape[0] > 1 else t
+    return t[:, :, rows] if t.ndim > 2 and t.shape[2] > 1 else t
+
+
+def of_bias(bias: Tensor, part: Part) -> Tensor:
+    bias = of(bias, part.batch, part.rows)
+    return bias[..., part.keys] if bias.shape[3] > 1 else bias
+
+
+def queries(t: Tensor, part: Part) -> Tensor:
+    """(b, Hq, m, D)."""
+    t = of(t, part.batch)[:, :, part.rows]
+    return t.expand(part.batch.stop - part.batch.start, -1, -1, -1)
+
+
+def keys(t: Tensor, part: Part) -> Tensor:
+    """(1|b, Hk, n, D)."""
+    return of(t, part.batch)[:, :, part.keys]
