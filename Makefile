@@ -15,7 +15,7 @@ demo: $(VENV)/.demo ## set up, then check parity and train the captioning demo; 
 	$(PY) -m crossattn_kernels demo $(ARGS)
 
 test: $(VENV)/.test ## set up, then run the tests; ARGS="-k masks"
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.test ## ruff and mypy, as in CI
 	$(PY) -m ruff check
