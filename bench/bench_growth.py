@@ -8,7 +8,7 @@ from bench.measure import exponent, seconds
 from bench.providers import MODES, bind
 from crossattn_kernels.testing import Case, draw
 
-ROUNDS = 9
+ROUNDS = 7
 
 
 @pytest.mark.parametrize("mode", MODES)

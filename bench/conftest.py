@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import subprocess
@@ -76,16 +77,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _table(name: str, rows: list[dict[str, Any]]) -> str:
     columns = [c for c in dict.fromkeys(c for row in rows for c in row) if c not in ("table", "met")]
-    table = Table(title=f"{name}   (p20 / p50 / p80)", title_justify="left")
+    quantiles = "   (p20 / p50 / p80)" if any(isinstance(x, Quantiles) for row in rows for x in row.values()) else ""
+    table = Table(title=name + quantiles, title_justify="left")
     for column in columns:
         table.add_column(column, no_wrap=True)
     table.add_column("")
     for row in rows:
         cells = ["" if row.get(c) is None else str(row[c]) for c in columns]
         table.add_row(*cells, "ok" if row["met"] else "MISSED", style=None if row["met"] else "bold red")
-    console = Console(width=180, record=True, file=open("/dev/null", "w"))
+    console = Console(width=180, file=io.StringIO())
     console.print(table)
-    return console.export_text()
+    return console.file.getvalue()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -19,8 +19,7 @@ Forward = Callable[[], Tensor]
 
 def ours(call: Call, backend: str = "torch") -> Forward:
     """`cross_attention`."""
-    q, k, v = (call.tensors[n] for n in "qkv")
-    return lambda: cross_attention(q, k, v, call.mask, backend=backend)
+    return lambda: cross_attention(**call.tensors, mask=call.mask, **call.options, backend=backend)
 
 
 def sdpa(call: Call) -> Forward:
@@ -64,7 +63,8 @@ def bind(provider: str, call: Call, mode: str) -> Callable[[], None]:
 
 
 def _dense(call: Call) -> Tensor | None:
+    """Bool (1|B, 1|Hq, M, N): one mask for all entries and heads that share it."""
     if call.mask is None:
         return None
-    B, _, M, _ = call.tensors["q"].shape
-    return call.mask.as_dense(B, 1, M, call.tensors["k"].shape[2])
+    (_, _, M, _), (_, _, N, _) = call.tensors["q"].shape, call.tensors["k"].shape
+    return call.mask.as_dense(*call.mask.lead(), M, N)

@@ -61,10 +61,11 @@ def _lengths(c: Case) -> Mask:
 
 
 def _media(c: Case, count: int, latest: bool) -> Mask:
-    """`count` media, evenly spread; each batch entry a few tokens further."""
+    """`count` media, evenly spread over the text; each batch entry a few tokens further."""
+    step = -(-c.M // count)
     locations = torch.zeros(c.B, c.M, dtype=torch.bool)
     for b in range(c.B):
-        locations[b, 3 * b :: -(-c.M // count)] = True
+        locations[b, 3 * b + (0 if latest else step // 2) :: step] = True
     return Mask.media(locations, c.N // count, latest)
 
 

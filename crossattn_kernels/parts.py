@@ -1,7 +1,7 @@
 """Who sees what, cut into parts that are worth a call of their own: the schedule of `tiled.py`.
 
 A part is a batch slice and a run of queries with the keys that hold all they see, so hidden ranges cost no time and no
-mask is larger than a few tiles.
+mask is larger than two tiles.
 
 Letters: B batch, Hq query heads, Hk key heads, M queries, N keys, D head size; b, m, n those of a part.
 """
@@ -137,7 +137,7 @@ def _runs(start: Tensor, end: Tensor, heads: int, alike: bool, rows: int) -> Ite
         joint_low, joint_high = min(low, row_low), max(high, row_high)
         hidden = (stop - first) * max(0, joint_high - joint_low) - seen - own
         allowed = max(PART if stop - first > rows else 8 * PART, (seen + own) * heads // 8)
-        long = alike and max(stop - row, row - first) >= ROWS
+        long = alike and max(stop - row, row - first if plain else 0) >= ROWS
         if hidden and (long or hidden * heads > allowed):
             yield run(row)
             first, low, high, seen, plain = row, row_low, row_high, own, True
@@ -196,6 +196,40 @@ def free_rows(x: Inputs, options: Options) -> Tensor | None:
             assert tile is not None
             seen[:, :, rows] |= tile.any(-1)
     return ~seen
+
+
+def few_rows(call: Call, part: Part, least: int) -> list[Part]:
+    """Those of a part's queries that see some keys, but fewer than `least`, with what lies closely between them."""
+    x, (_, m, n) = call.x, size(part)
+    if part.kind == "whole":
+        return []
+    by_range = x.keys is None and x.visible is None and x.bias is None
+    if by_range:
+        start = torch.zeros(1, 1, 1, dtype=torch.int32) if x.start is None else of(x.start, part.batch, part.rows)
+        end = torch.full_like(start, x.sizes[3]) if x.end is None else of(x.end, part.batch, part.rows)
+        end = end.clamp(max=x.sizes[3])
+        count = (end - start).expand(-1, -1, m)
+    else:
+        seen = visible(call, part)
+        if x.bias is not None:
+            shown = of_bias(x.bias, part) > -math.inf
+            seen = shown if seen is None else seen & shown
+        assert seen is not None
+        count = seen.expand(*seen.shape[:3], n).sum(-1).expand(-1, -1, m)
+    stretches: list[slice] = []
+    for row in ((count > 0) & (count < least)).flatten(0, 1).any(0).nonzero().flatten().tolist():
+        near = bool(stretches) and row - stretches[-1].stop < ROWS
+        stretches.append(slice(stretches.pop().start if near else row, row + 1))
+
+    def keys_of(rows: slice) -> slice:
+        if not by_range or call.free is not None:
+            return part.keys
+        some = count[:, :, rows] > 0
+        low, high = (t.expand(-1, -1, m)[:, :, rows].expand_as(some)[some] for t in (start, end))
+        return slice(max(part.keys.start, int(low.min())), min(part.keys.stop, int(high.max())))
+
+    at = part.rows.start
+    return [Part(part.batch, slice(at + s.start, at + s.stop), keys_of(s), "masked") for s in stretches]
 
 
 def visible(call: Call, part: Part) -> Tensor | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from crossattn_kernels import dropout
@@ -22,6 +23,7 @@ from crossattn_kernels.parts import (
     KEYS,
     Call,
     Part,
+    few_rows,
     finite,
     free_rows,
     keys,
@@ -38,7 +40,7 @@ from crossattn_kernels.parts import (
 )
 from crossattn_kernels.problem import Inputs, Options
 
-FEW = 16  # with fewer keys the flash kernel's gradients are less exact than those of the tile loop
+FEW = 16  # the flash kernel's gradients of a query that sees fewer keys are less exact than those of the tile loop
 RESULT = 2**21  # elements of a result that is still in the cache when it is copied
 FAR = -1e6  # an lse below this has lost digits that p needs
 
@@ -108,31 +110,48 @@ def backward(
         do = (t * dy).to(dy.dtype)
         if wanted.gate:
             dgate = ((1 - t * t) * (dy.to(lse.dtype) * o).double().sum_to_size(t.shape)).to(x.gate.dtype)
-    may_flash = dlse is None and not wanted.bias and not _absorbed(x, lse)
-    work = [piece for part in parts(call, backward=True) for piece in (_exact(x, part) if may_flash else [part])]
+    by_flash, by_tiles = _shared_out(call, lse, dlse is None and not wanted.bias)
+    quiet = do
+    if by_flash and by_tiles:  # the flash kernel sees no gradient of the queries that the tile loop does
+        quiet = do.clone()
+        for part in by_tiles:
+            quiet[part.batch, :, part.rows] = 0
     B, _, M, N = x.sizes
-    if may_flash and work and size(work[0]) == (B, M, N) and _flash_can(call, work[0], FEW):
-        found = _flash_backward(call, work[0], do, o, lse)
-        dq, dk, dv = (g if w else None for g, w in zip(found, wanted))
-        return Gradients(dq, dk, dv, gate=dgate)
-    given = Gradients(x.q, x.k, x.v, x.bias, x.gate, x.scale)
-    grads = Gradients(*(_zeros(t, lse.dtype) if w else None for t, w in zip((x.q, x.k, x.v), wanted)))
+    if len(by_flash) == 1 and size(by_flash[0]) == (B, M, N):
+        found = _flash_backward(call, by_flash[0], quiet, o, lse)
+        grads = Gradients(*((g.to(lse.dtype) if by_tiles else g) if w else None for g, w in zip(found, wanted)))
+    else:
+        grads = Gradients(*(_zeros(t, lse.dtype) if w else None for t, w in zip((x.q, x.k, x.v), wanted)))
+        for part in by_flash:
+            dq, dk, dv = _flash_backward(call, part, quiet, o, lse)
+            _add(grads.q, part, part.rows, dq)
+            _add(grads.k, part, part.keys, dk)
+            _add(grads.v, part, part.keys, dv)
     if wanted.bias:
         grads = grads._replace(bias=torch.zeros_like(x.bias, dtype=lse.dtype))  # type: ignore[arg-type]
     if wanted.scale:
         grads = grads._replace(scale=torch.zeros(x.sizes[:3], dtype=lse.dtype, device=x.q.device))
-    for part in work:
-        if may_flash and _flash_can(call, part, FEW):
-            dq, dk, dv = _flash_backward(call, part, do, o, lse)
-            _add(grads.q, part, part.rows, dq)
-            _add(grads.k, part, part.keys, dk)
-            _add(grads.v, part, part.keys, dv)
-        else:
-            for piece in small(x, part):
-                _tile_backward(call, piece, do, dlse, o, lse, grads)
+    for part in by_tiles:
+        for piece in small(x, part):
+            _tile_backward(call, piece, do, dlse, o, lse, grads)
     dscale = None if grads.scale is None else grads.scale.sum(2, dtype=torch.float64).sum_to_size(x.scale.shape)  # type: ignore[union-attr]
+    given = Gradients(x.q, x.k, x.v, x.bias, x.gate, x.scale)
     grads = grads._replace(gate=dgate, scale=dscale)
     return Gradients(*(g if g is None else g.to(t.dtype) for g, t in zip(grads, given)))  # type: ignore[union-attr]
+
+
+def _shared_out(call: Call, lse: Tensor, may_flash: bool) -> tuple[list[Part], list[Part]]:
+    """The parts of the backward that the flash kernel does, and those that the tile loop does."""
+    may_flash = may_flash and not _absorbed(call.x, lse)
+    by_flash: list[Part] = []
+    by_tiles: list[Part] = []
+    for part in parts(call, backward=True):
+        if may_flash and _flash_can(call, part, FEW):
+            by_flash += _exact(call.x, part)
+            by_tiles += few_rows(call, part, FEW)
+        else:
+            by_tiles.append(part)
+    return by_flash, by_tiles
 
 
 def _absorbed(x: Inputs, lse: Tensor) -> bool:
@@ -189,37 +208,38 @@ def _exact(x: Inputs, part: Part) -> Iterator[Part]:
             yield piece._replace(keys=some)
 
 
-def _flash_operands(x: Inputs, part: Part) -> list[Tensor]:
+def _flash_operands(call: Call, part: Part) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q (b, Hq, m, D), k and v (b, Hk, n, D) and the additive mask, broadcastable to (b, Hq, m, n)."""
+    x, (b, _, _) = call.x, size(part)
     tensors = (queries(x.q, part), keys(x.k, part), keys(x.v, part))
-    b = part.batch.stop - part.batch.start
-    return [(t if t.stride(3) == 1 else t.contiguous()).expand(b, -1, -1, -1) for t in tensors]
-
-
-def _flash_mask(call: Call, part: Part) -> Tensor | None:
-    """The additive mask of a part, broadcastable to (b, Hq, m, n); the kernel takes it in q's dtype or in fp32."""
+    q, k, v = ((t if t.stride(3) == 1 else t.contiguous()).expand(b, -1, -1, -1) for t in tensors)
     if part.kind != "masked":
-        return None
-    x, seen = call.x, visible(call, part)
-    dtype = torch.float32 if x.q.dtype.itemsize == 2 else x.q.dtype
+        return q, k, v, None
+    # the kernel takes a mask in q's dtype or in fp32
+    dtype, seen = torch.float32 if x.q.dtype.itemsize == 2 else x.q.dtype, visible(call, part)
     shown = torch.zeros((), dtype=dtype) if x.bias is None else of_bias(x.bias, part).to(dtype)
-    return shown if seen is None else torch.where(seen, shown, -math.inf)
+    return q, k, v, shown if seen is None else torch.where(seen, shown, -math.inf)
 
 
 def _flash_forward(call: Call, part: Part) -> tuple[Tensor, Tensor]:
     """(o, lse) of a part: (b, Hq, m, Dv), (b, Hq, m)."""
-    operands, mask, causal = _flash_operands(call.x, part), _flash_mask(call, part), part.kind == "causal"
-    o, lse = flash(*operands, 0.0, causal, attn_mask=mask, scale=call.options.scale)
-    if mask is not None and (lse == 0).any():  # what the kernel says of a row that sees nothing
-        lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)
+    (_, m, n), (q, k, v, mask) = size(part), _flash_operands(call, part)
+    if part.kind == "whole" and n % 16 > 8 and n < min(m, 2 * BLOCK):
+        # past the last multiple of 16 the kernel's exponentials are scalar, and hidden keys are cheaper
+        k, v = (F.pad(t, (0, 0, 0, -n % 16)) for t in (k, v))
+        mask = F.pad(q.new_zeros(1, 1, 1, n), (0, -n % 16), value=-math.inf)
+    o, lse = flash(q, k, v, 0.0, part.kind == "causal", attn_mask=mask, scale=call.options.scale)
+    if part.kind == "masked" and (lse == 0).any():  # what the kernel says of a row that sees nothing
+        lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)  # type: ignore[union-attr]
     return o, lse
 
 
 def _flash_backward(call: Call, part: Part, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of a part, laid out as (b, m, Hq, D) and (b, n, Hk, D)."""
-    operands, mask, causal = _flash_operands(call.x, part), _flash_mask(call, part), part.kind == "causal"
+    (q, k, v, mask), causal = _flash_operands(call, part), part.kind == "causal"
     at = (part.batch, slice(None), part.rows)
     lse = lse[at].masked_fill(lse[at] == -math.inf, 0)
-    return flash_backward(do[at], *operands, o[at], lse, 0.0, causal, attn_mask=mask, scale=call.options.scale)
+    return flash_backward(do[at], q, k, v, o[at], lse, 0.0, causal, attn_mask=mask, scale=call.options.scale)
 
 
 # ---- the tile loop ----
@@ -254,6 +274,7 @@ def _tiles(call: Call, part: Part, q: Tensor) -> Iterator[Tile]:
             s = s + (v * 0).sum(-1)[:, :, None].repeat_interleave(s.shape[1] // v.shape[1], 1)
             k, v = (torch.where(t.isfinite(), t, 0) for t in (k, v))
             s = torch.where(seen, s, -math.inf)
+            slope = None if slope is None else torch.where(seen, slope, 0)
         if free is not None and options.empty_rows == "uniform":
             s = torch.where(of(free, part.batch, part.rows)[..., None], 0.0, s)
         yield Tile(at, s, slope, k, v)
