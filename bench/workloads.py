@@ -72,23 +72,32 @@ def _media(c: Case, count: int, latest: bool) -> Mask:
 # ranges that hide about half of the keys
 HALF_HIDDEN = _in_layouts(
     Workload("lengths", _sized(4, 8, 512, 1024, 64), _lengths, "padded batch of texts"),
-    Workload("causal", _sized(1, 8, 2048, 2048, 64), lambda c: Mask.causal(c.M, c.N), "aligned streams"),
+    *(
+        Workload("causal", _sized(B, 8, M, M, 64), lambda c: Mask.causal(c.M, c.N), "aligned streams")
+        for B, M in ((2, 1024), (1, 2048))
+    ),
     Workload(
         "window",
         _sized(1, 8, 2048, 2048, 64),
         lambda c: Mask.window(c.M, c.N, c.N // 3, c.N // 4),
         "aligned streams with a horizon; both ends of a range move with the query",
     ),
-    Workload(
-        "latest medium",
-        _sized(2, 8, 2048, 512, 64),
-        lambda c: _media(c, 2, latest=True),
-        "Flamingo, two videos of 256 resampled tokens",
+    *(
+        Workload(
+            "latest medium",
+            _sized(2, 8, M, 512, 64),
+            lambda c: _media(c, 2, latest=True),
+            "Flamingo, two videos of 256 resampled tokens",
+        )
+        for M in (1024, 2048)
     ),
-    Workload(
-        "all previous media",
-        _sized(2, 8, 2048, 512, 64),
-        lambda c: _media(c, 8, latest=False),
-        "Flamingo without its latest-medium rule, eight images of 64 tokens",
+    *(
+        Workload(
+            "all previous media",
+            _sized(2, 8, M, 512, 64),
+            lambda c: _media(c, 8, latest=False),
+            "Flamingo without its latest-medium rule, eight images of 64 tokens",
+        )
+        for M in (1024, 2048)
     ),
 )
