@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,11 @@ class Call:
         """True only if all of k and v is finite."""
         return finite(self.x.k) and finite(self.x.v)
 
+    @property
+    def by_range(self) -> bool:
+        """True if nothing but ranges hides keys."""
+        return self.x.keys is None and self.x.visible is None and self.x.bias is None
+
 
 class Part(NamedTuple):
     """Queries `rows` of batch entries `batch`, and `keys`, which hold all that they see.
@@ -68,9 +74,8 @@ def parts(call: Call, backward: bool = False) -> Iterator[Part]:
     if not B * Hq * M:
         return
     apart = backward and 1 in (x.q.shape[0], x.k.shape[0])
-    by_range = x.keys is None and x.visible is None and x.bias is None
     if x.start is x.end is None or x.q.device.type != "cpu":  # elsewhere, to read the ranges would wait for the device
-        kind = "whole" if by_range and x.start is x.end is None else "masked"
+        kind = "whole" if call.by_range and x.start is x.end is None else "masked"
         for batch in steps(slice(0, B), 1 if apart else B):
             yield from _bounded(x, Part(batch, slice(0, M), slice(0, N), kind))
         return
@@ -78,7 +83,7 @@ def parts(call: Call, backward: bool = False) -> Iterator[Part]:
     # entries too small to be worth a part of their own stay together
     for batch in steps(slice(0, B), 1 if apart else max(1, PART // (Hq * M * max(1, N))) if varies else B):
         start, end, agree = _ranges(call, batch)
-        heads, alike = Hq * (batch.stop - batch.start), by_range and agree
+        heads, alike = Hq * (batch.stop - batch.start), call.by_range and agree
         # 16-bit gradients are exact in short parts only, see _exact
         stairs = _stairs(start, end) if alike and not (backward and x.q.dtype.itemsize == 2) else []
         first = 0
@@ -117,33 +122,94 @@ def _stairs(start: Tensor, end: Tensor) -> list[tuple[int, int]]:
     return list(zip(first[long].tolist(), last[long].tolist()))
 
 
-def _runs(start: Tensor, end: Tensor, heads: int, alike: bool, rows: int) -> Iterator[Part]:
+def _runs(start: Tensor, end: Tensor, heads: int, alike: bool, rows: int, step: int = 16) -> Iterator[Part]:
     """Neighbouring queries, joined while little of what they and their keys span is hidden, or they are few.
 
     start, end: (M,), M > 0; heads: of all entries; alike: all of them have the same ranges and nothing else is hidden;
-    rows: from how many on they are not few.
+    rows: from how many on they are not few; step: so many that each change their range are looked at together.
     """
-    change = ((start[1:] != start[:-1]) | (end[1:] != end[:-1])).nonzero().flatten() + 1
-    firsts = [0, *change.tolist()]
-    lows, highs = start[firsts].tolist(), end[firsts].tolist()
-    first, low, high, seen, plain = 0, lows[0], highs[0], 0, True  # plain: their ranges are low..high-1 and no less
+    (first, last, low, high, seen), *others = _groups(start, end, step)
 
-    def run(stop: int) -> Part:
-        kind = "whole" if alike and plain else "masked"
-        return Part(slice(0), slice(first, stop), slice(low, max(low, high)), kind)
+    def plain() -> bool:
+        return alike and seen == (last - first) * max(0, high - low)
 
-    for row, stop, row_low, row_high in zip(firsts, [*firsts[1:], start.numel()], lows, highs):
-        own = (stop - row) * max(0, row_high - row_low)
+    def run() -> Part:
+        return Part(slice(0), slice(first, last), slice(low, max(low, high)), "whole" if plain() else "masked")
+
+    for row, stop, row_low, row_high, own in others:
         joint_low, joint_high = min(low, row_low), max(high, row_high)
         hidden = (stop - first) * max(0, joint_high - joint_low) - seen - own
         allowed = max(PART if stop - first > rows else 8 * PART, (seen + own) * heads // 8)
-        long = alike and max(stop - row, row - first if plain else 0) >= ROWS
+        long = alike and max(stop - row, last - first if plain() else 0) >= ROWS
         if hidden and (long or hidden * heads > allowed):
-            yield run(row)
-            first, low, high, seen, plain = row, row_low, row_high, own, True
+            yield run()
+            first, low, high, seen = row, row_low, row_high, own
         else:
-            low, high, seen, plain = joint_low, joint_high, seen + own, plain and not hidden
-    yield run(start.numel())
+            low, high, seen = joint_low, joint_high, seen + own
+        last = stop
+    yield run()
+
+
+def _groups(start: Tensor, end: Tensor, step: int) -> list[tuple[int, int, int, int, int]]:
+    """(first, last + 1, least start, largest end, keys seen by all of them) of neighbours with one range.
+
+    Ranges that fewer than `step` queries share are taken together with others of the same `step` queries.
+    """
+    change = ((start[1:] != start[:-1]) | (end[1:] != end[:-1])).nonzero().flatten() + 1
+    bounds = torch.cat((change.new_zeros(1), change, change.new_tensor([start.numel()])))
+    first, length = bounds[:-1], bounds.diff()
+    start, end, long, block = start[first], end[first], length >= step, first // step
+    opens = torch.ones_like(long)
+    opens[1:] = long[1:] | long[:-1] | (block[1:] != block[:-1])
+    group = opens.cumsum(0) - 1
+    first = first[opens]
+    zeros, ints = torch.zeros_like(first), torch.zeros_like(first, dtype=start.dtype)
+    columns = (
+        first,
+        torch.cat((first[1:], bounds[-1:])),
+        ints.scatter_reduce(0, group, start, "amin", include_self=False),
+        ints.scatter_reduce(0, group, end, "amax", include_self=False),
+        zeros.index_add(0, group, length * (end - start).clamp(min=0)),
+    )
+    return list(zip(*(t.tolist() for t in columns)))
+
+
+def by_keys(call: Call, work: list[Part]) -> list[Part]:
+    """Parts of the backward, those whose ranges move on from query to query cut along the keys instead.
+
+    Gradients add up whichever way the logits are cut, and with few keys and many queries the flash kernel is faster
+    and fewer sums are written.
+    """
+    x, found = call.x, list[Part]()
+    for (batch, kind), same in groupby(work, lambda part: (part.batch, part.kind)):
+        run = list(same)
+        cut = _across(call, batch, slice(run[0].rows.start, run[-1].rows.stop)) if kind == "masked" else []
+        found += [piece for part in cut for piece in _bounded(x, part)] or run
+    return found
+
+
+def _across(call: Call, batch: slice, rows: slice) -> list[Part]:
+    """Runs of keys with the queries `rows` that see them; none where that is not known to be as good."""
+    x = call.x
+    if not call.by_range or x.q.dtype.itemsize == 2 or not call.finite:
+        return []
+    start, end, agree = _ranges(call, batch)
+    start, end = (t[rows].contiguous() for t in (start, end))
+    if not agree or (start[1:] < start[:-1]).any() or (end[1:] < end[:-1]).any():
+        return []
+    # in steps of what `_bounded` rounds to
+    low = torch.arange(int(start[0]) // 16 * 16, int(end[-1]), 16, dtype=start.dtype)
+    first, last = torch.searchsorted(end, low, right=True), torch.searchsorted(start, low + 15, right=True)
+    heads = x.sizes[1] * (batch.stop - batch.start)
+    return [
+        Part(
+            batch,
+            slice(rows.start + run.keys.start, rows.start + run.keys.stop),
+            slice(int(low[0]) + 16 * run.rows.start, min(int(end[-1]), int(low[0]) + 16 * run.rows.stop)),
+            "masked",
+        )
+        for run in _runs(first, last, 16 * heads, False, ROWS // 16, step=1)
+    ]
 
 
 def steps(whole: slice, step: int) -> Iterator[slice]:
@@ -203,8 +269,7 @@ def few_rows(call: Call, part: Part, least: int) -> list[Part]:
     x, (_, m, n) = call.x, size(part)
     if part.kind == "whole":
         return []
-    by_range = x.keys is None and x.visible is None and x.bias is None
-    if by_range:
+    if call.by_range:
         start = torch.zeros(1, 1, 1, dtype=torch.int32) if x.start is None else of(x.start, part.batch, part.rows)
         end = torch.full_like(start, x.sizes[3]) if x.end is None else of(x.end, part.batch, part.rows)
         end = end.clamp(max=x.sizes[3])
@@ -222,7 +287,7 @@ def few_rows(call: Call, part: Part, least: int) -> list[Part]:
         stretches.append(slice(stretches.pop().start if near else row, row + 1))
 
     def keys_of(rows: slice) -> slice:
-        if not by_range or call.free is not None:
+        if not call.by_range or call.free is not None:
             return part.keys
         some = count[:, :, rows] > 0
         low, high = (t.expand(-1, -1, m)[:, :, rows].expand_as(some)[some] for t in (start, end))
@@ -254,6 +319,28 @@ def visible(call: Call, part: Part) -> Tensor | None:
     for term in terms[1:]:
         seen = seen & term
     return seen if call.free is None else seen | of(call.free, part.batch, part.rows)[..., None]
+
+
+def ranged(x: Inputs, part: Part, dtype: torch.dtype) -> Tensor:
+    """What the ranges hide, as a mask to add, (1|b, 1|Hq, 1|m, n); most of it is 0 and not compared."""
+    (_, _, n), low, high = size(part), part.keys.start, part.keys.stop
+    start, end = (None if t is None else of(t, part.batch, part.rows)[..., None] for t in (x.start, x.end))
+    shape = torch.broadcast_shapes(*(t.shape for t in (start, end) if t is not None))
+    mask = torch.zeros(*shape[:3], n, dtype=dtype)
+    key = torch.arange(low, high, dtype=torch.int32)
+    if start is not None:
+        rows, keys = _span(start > low), slice(0, max(0, int(start.max()) - low))
+        mask[:, :, rows, keys].masked_fill_(key[keys] < start[:, :, rows], -math.inf)
+    if end is not None:
+        rows, keys = _span(end < high), slice(max(0, int(end.min()) - low), n)
+        mask[:, :, rows, keys].masked_fill_(key[keys] >= end[:, :, rows], -math.inf)
+    return mask
+
+
+def _span(hit: Tensor) -> slice:
+    """From the first to the last query, of (b, Hq, m, 1), that is hit."""
+    found = hit.any(0).any(0).flatten().nonzero().flatten().tolist()
+    return slice(found[0], found[-1] + 1) if found else slice(0, 0)
 
 
 def of(t: Tensor, batch: slice, rows: slice = slice(None)) -> Tensor:

@@ -23,6 +23,7 @@ from crossattn_kernels.parts import (
     KEYS,
     Call,
     Part,
+    by_keys,
     few_rows,
     finite,
     free_rows,
@@ -32,6 +33,7 @@ from crossattn_kernels.parts import (
     parts,
     pieces,
     queries,
+    ranged,
     size,
     small,
     steps,
@@ -75,10 +77,12 @@ def _attend(call: Call) -> tuple[Tensor, Tensor]:
     """(o, lse): (B, Hq, M, Dv) laid out as (B, M, Hq, Dv), and (B, Hq, M)."""
     x, work = call.x, list(parts(call))
     B, Hq, M, _ = x.sizes
-    if len(work) == 1 and x.q.stride(0) >= x.q.stride(2) >= x.q.stride(1) and _flash_can(call, work[0]):
-        o, lse = _flash_forward(call, work[0])  # it lays o out as q
-        if o.transpose(1, 2).is_contiguous():
-            return o, lse.contiguous()
+    if len(work) == 1 and _flash_can(call, work[0]):
+        laid_out = x.q.stride(0) >= x.q.stride(2) >= x.q.stride(1)  # as o shall be: the kernel does as q does
+        if laid_out or len(list(_cached(x, work[0]))) == 1:
+            # to copy o afterwards is faster than into memory that was set aside before
+            o, lse = _flash_forward(call, work[0])
+            return o.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
     o = x.q.new_empty(B, M, Hq, x.v.shape[3]).transpose(1, 2)
     lse = x.q.new_empty(B, Hq, M, dtype=wide(x.q))
     for part in work:
@@ -151,7 +155,7 @@ def _shared_out(call: Call, lse: Tensor, may_flash: bool) -> tuple[list[Part], l
             by_tiles += few_rows(call, part, FEW)
         else:
             by_tiles.append(part)
-    return by_flash, by_tiles
+    return by_keys(call, by_flash), by_tiles
 
 
 def _absorbed(x: Inputs, lse: Tensor) -> bool:
@@ -170,7 +174,7 @@ def _add(total: Tensor | None, part: Part, rows: slice, term: Tensor) -> None:
         return
     total = total[:, :, rows]
     if total.shape[0] == 1:
-        total += term.sum(0, keepdim=True, dtype=total.dtype)
+        total += term if term.shape[0] == 1 else term.sum(0, keepdim=True, dtype=total.dtype)
     else:
         total[part.batch] += term
 
@@ -216,7 +220,10 @@ def _flash_operands(call: Call, part: Part) -> tuple[Tensor, Tensor, Tensor, Ten
     if part.kind != "masked":
         return q, k, v, None
     # the kernel takes a mask in q's dtype or in fp32
-    dtype, seen = torch.float32 if x.q.dtype.itemsize == 2 else x.q.dtype, visible(call, part)
+    dtype = torch.float32 if x.q.dtype.itemsize == 2 else x.q.dtype
+    if call.by_range and call.free is None:
+        return q, k, v, ranged(x, part, dtype)
+    seen = visible(call, part)
     shown = torch.zeros((), dtype=dtype) if x.bias is None else of_bias(x.bias, part).to(dtype)
     return q, k, v, shown if seen is None else torch.where(seen, shown, -math.inf)
 
