@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ from crossattn_kernels.problem import Inputs, Options
 
 FEW = 16  # the flash kernel's gradients of a query that sees fewer keys are less exact than those of the tile loop
 RESULT = 2**21  # elements of a result that is still in the cache when it is copied
+READS = 1024  # times that a key is read for which to copy it first is no loss
 FAR = -1e6  # an lse below this has lost digits that p needs
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -75,14 +77,14 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def _attend(call: Call) -> tuple[Tensor, Tensor]:
     """(o, lse): (B, Hq, M, Dv) laid out as (B, M, Hq, Dv), and (B, Hq, M)."""
-    x, work = call.x, list(parts(call))
-    B, Hq, M, _ = x.sizes
-    if len(work) == 1 and _flash_can(call, work[0]):
-        laid_out = x.q.stride(0) >= x.q.stride(2) >= x.q.stride(1)  # as o shall be: the kernel does as q does
-        if laid_out or len(list(_cached(x, work[0]))) == 1:
-            # to copy o afterwards is faster than into memory that was set aside before
-            o, lse = _flash_forward(call, work[0])
-            return o.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+    work = list(parts(call))
+    call = replace(call, x=_by_head(call.x, work))
+    x, (B, Hq, M, _) = call.x, call.x.sizes
+    laid_out = x.q.stride(0) >= x.q.stride(2) >= x.q.stride(1)  # the kernel lays o out as q
+    if len(work) == 1 and (laid_out or len(list(_cached(x, work[0]))) == 1) and _flash_can(call, work[0]):
+        o, lse = _flash_forward(call, work[0])
+        # a copy made now costs less than one into memory set aside before
+        return o.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
     o = x.q.new_empty(B, M, Hq, x.v.shape[3]).transpose(1, 2)
     lse = x.q.new_empty(B, Hq, M, dtype=wide(x.q))
     for part in work:
@@ -94,6 +96,14 @@ def _attend(call: Call) -> tuple[Tensor, Tensor]:
             for piece in small(x, part):
                 _tile_forward(call, piece, o, lse)
     return o, lse
+
+
+def _by_head(x: Inputs, work: list[Part]) -> Inputs:
+    """Keys and values of one head lie together, as the flash kernel likes them, if enough queries read each of them."""
+    reads = sum(math.prod(size(part)) for part in work)
+    if x.q.device.type != "cpu" or reads <= READS * x.sizes[0] * x.sizes[3]:
+        return x
+    return x._replace(k=x.k.contiguous(), v=x.v.contiguous())
 
 
 def backward(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossattn_kernels import Mask, cross_attention, tiled
-from crossattn_kernels.parts import BLOCK, ROWS, TILE, Call, Part, few_rows, free_rows, parts, size, small
+from crossattn_kernels.parts import BLOCK, ROWS, TILE, Call, Part, by_keys, few_rows, free_rows, parts, size, small
 from crossattn_kernels.problem import Inputs, Options, canonical
 from crossattn_kernels.testing import (
     LAYOUTS,
@@ -224,6 +224,24 @@ def test_parts_worth_a_call():
     row = torch.arange(4096)[None, None]
     wide = kinds(ranged(row * 2, row * 2 + 4096, 1, 1, 4096, 12_000))
     assert all((bottom - top) * (high - low) <= 2 * TILE and kind == "masked" for top, bottom, low, high, kind in wide)
+
+
+@pytest.mark.parametrize(
+    "M, N, left, right", [(900, 700, 100, 60), (700, 1500, 0, 0), (1500, 1201, 2000, 0), (600, 600, 9, 9)]
+)
+def test_parts_along_the_keys_cover_each_pair_once(M, N, left, right):
+    """What a query sees is spread over parts of the backward, which nothing counts twice."""
+    x, options = canonical(*(torch.zeros(2, 8, n, 8) for n in (M, N, N)), Mask.window(M, N, left, right))
+    call = Call(x, options, None)
+    before = list(parts(call, backward=True))
+    times, seen = torch.zeros(2, M, N), options.mask(x).as_dense(2, 1, M, N)[:, 0]
+    found = by_keys(call, before)
+    for part in found:
+        assert part.kind == "masked" or part in before
+        view = times[part.batch, part.rows, part.keys]
+        view += 1
+    assert len(found) > 1
+    assert (times[seen] == 1).all() and times.max() == 1
 
 
 def test_pieces_cover_a_part_once():
