@@ -77,11 +77,11 @@ class Call(NamedTuple):
 
 
 def _bits(shape: tuple[int, ...], device: torch.device | str, g: torch.Generator, share: float) -> Tensor:
-    return (torch.rand(shape, generator=g) < share).to(device)
+    return (torch.rand(shape, generator=g, device=g.device) < share).to(device)
 
 
 def _integers(low: int, high: int, shape: tuple[int, ...], device: torch.device | str, g: torch.Generator) -> Tensor:
-    return torch.randint(low, high + 1, shape, generator=g).to(device)
+    return torch.randint(low, high + 1, shape, generator=g, device=g.device).to(device)
 
 
 def _ranges(c: Case, device: torch.device | str, g: torch.Generator, heads: int = 1) -> Mask:
@@ -132,13 +132,15 @@ LAYOUTS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def draw(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Call:
-    """Random inputs of a case; the same on every device."""
-    c, g = case, torch.Generator().manual_seed(seed)
+def draw(
+    case: Case, device: torch.device | str = "cpu", seed: int = 0, generator: torch.Generator | None = None
+) -> Call:
+    """Random inputs of a case; the same on every device, unless a generator of that device draws them there."""
+    c, g = case, torch.Generator().manual_seed(seed) if generator is None else generator
     Dv = c.D if c.Dv is None else c.Dv
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g).to(device, c.dtype)
+        return torch.randn(shape, generator=g, device=g.device).to(device, c.dtype)
 
     def tokens(name: str, H: int, S: int, width: int) -> Tensor:
         share = (c.share or "").split()
