@@ -6,10 +6,10 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench gpu clean
+.PHONY: help demo test lint format bench bench-gpu gpu clean
 
 help: ## list the commands
-	@awk -F ': .*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## set up, then check parity and train the captioning demo; ARGS="--backend torch"
 	$(PY) -m crossattn_kernels demo $(ARGS)
@@ -28,6 +28,9 @@ format: $(VENV)/.test ## let ruff rewrite the files
 
 bench: $(VENV)/.bench ## time against PyTorch, in one run
 	$(PY) -m pytest bench/ -p benchmark $(ARGS)
+
+bench-gpu: ## time against every peer on an NVIDIA GPU with the system's python3; ARGS="--part masked", OUT=dir
+	PYTHONPATH=. $(PYTHON) -m bench.run --device cuda $(if $(OUT),--out $(OUT)) $(ARGS)
 
 gpu: ## parity on an NVIDIA GPU with the system's python3: nothing is installed
 	PYTHONPATH=. $(PYTHON) tests/gpu.py $(ARGS)
