@@ -18,6 +18,6 @@ RACERS = ("ours", "sdpa auto")
 def test_named(workload, mode, race):
     known = truths(lambda seed: workload.inputs("cpu", small=True, seed=seed))
     for who in RACERS:
-        assert_within_budget(judge(lambda call: bind(who, call, mode), known, mode), who)
+        assert_within_budget(judge(lambda call, who=who: bind(who, call, mode), known, mode), who)
     contenders = {who: bind(who, known[0].call, mode) for who in RACERS}
     race("named workloads, scaled down, against SDPA", f"{workload.name} {mode}", contenders, target=None)

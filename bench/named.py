@@ -88,15 +88,15 @@ FLAMINGO = "OpenFlamingo: 8 heads of 64, latest medium, tanh gate"
 DENSE = (
     _named("W1a", f"{SDXL}, 64 x 64 latents, batch 2", (2, 10, 4096, 77, 64), (2, 2, 128, 77, 16)),
     _named("W1b", f"{SDXL}, 64 x 64 latents, batch 8", (8, 10, 4096, 77, 64), (4, 2, 128, 77, 16)),
-    _named("W1c", f"{SDXL}, 32 x 32 latents, batch 2", (2, 20, 1024, 77, 64), (2, 4, 64, 77, 16)),
-    _named("W1d", f"{SDXL}, 32 x 32 latents, batch 8", (8, 20, 1024, 77, 64), (4, 4, 64, 77, 16)),
+    _named("W1c", f"{SDXL}, 32 x 32 latents, batch 2", (2, 20, 1024, 77, 64), (2, 4, 128, 77, 16)),
+    _named("W1d", f"{SDXL}, 32 x 32 latents, batch 8", (8, 20, 1024, 77, 64), (4, 4, 128, 77, 16)),
     _named("W2a", f"{WAN}, 480p", (1, 40, 32760, 512, 128), (1, 2, 520, 32, 32)),
     _named("W2b", f"{WAN}, 720p", (1, 40, 75600, 512, 128), (1, 2, 760, 32, 32)),
     _named("W3", "Idefics 9B: 8 images of 64 latents, tanh gate", (8, 32, 2048, 512, 128), (2, 4, 64, 32, 32),
            gate="scalar"),
     _named("W4a", f"{MLLAMA}, 2048 tokens", (1, 32, 2048, 6404, 128), (1, 4, 64, 200, 32), Hk=(8, 1)),
     _named("W4b", f"{MLLAMA}, 2048 tokens, batch 4", (4, 32, 2048, 6404, 128), (2, 4, 64, 200, 32), Hk=(8, 1)),
-    _named("W4c", f"{MLLAMA}, 8192 tokens, batch 4", (4, 32, 8192, 6404, 128), (2, 4, 128, 200, 32), Hk=(8, 1)),
+    _named("W4c", f"{MLLAMA}, 8192 tokens, batch 4", (4, 32, 8192, 6404, 128), (2, 4, 128, 100, 32), Hk=(8, 1)),
     _named("W5a", f"{PERCEIVER} of 64, one 2112-token input", (32, 16, 64, 2112, 64), (2, 2, 16, 264, 16)),
     _named("W5b", "Idefics perceiver: 64 latents, 16 heads of 96", (32, 16, 64, 2112, 96), (2, 2, 16, 264, 24)),
     _named("W5c", f"{PERCEIVER} of 64, 64 frames of 256", (32, 16, 64, 16384, 64), (2, 2, 16, 512, 16)),
@@ -112,8 +112,8 @@ DENSE = (
     _named("PixArt", "PixArt-alpha 1024 px: 16 heads of 72, 120 text tokens", (2, 16, 4096, 120, 72),
            (2, 2, 128, 60, 24)),
     _named("SD1.5 40", f"{SD15}, 64 x 64 latents", (2, 8, 4096, 77, 40), (2, 2, 128, 77, 40)),
-    _named("SD1.5 80", f"{SD15}, 32 x 32 latents", (2, 8, 1024, 77, 80), (2, 2, 64, 77, 80)),
-    _named("SD1.5 160", f"{SD15}, 16 x 16 latents", (2, 8, 256, 77, 160), (2, 2, 32, 77, 160)),
+    _named("SD1.5 80", f"{SD15}, 32 x 32 latents", (2, 8, 1024, 77, 80), (2, 2, 96, 77, 80)),
+    _named("SD1.5 160", f"{SD15}, 16 x 16 latents", (2, 8, 256, 77, 160), (2, 2, 96, 77, 160)),
     _named("BLIP-2", "BLIP-2 Q-Former: 32 queries, 257 patches, one image", (1, 12, 32, 257, 64), (1, 2, 8, 65, 16)),
     _named("LXMERT", "LXMERT: 20 words, 36 regions, batch 32", (32, 12, 20, 36, 64), (4, 2, 20, 36, 16)),
 )  # fmt: skip
@@ -134,11 +134,11 @@ MASKED = (
 )  # fmt: skip
 
 BATCH = tuple(
-    _named(f"batch {B}", f"{SDXL}, 64 x 64 latents", (B, 10, 4096, 77, 64), (min(B, 4), 2, 64, 77, 16))
+    _named(f"batch {B}", f"{SDXL}, 64 x 64 latents", (B, 10, 4096, 77, 64), (min(B, 4), 2, 128, 77, 16))
     for B in (2**i for i in range(9))
 )
 KEYS = tuple(
-    _named(f"keys {N}", "memory over N: 1024 queries, 8 heads of 64", (1, 8, 1024, N, 64), (1, 2, 16, N // 128, 16))
+    _named(f"keys {N}", "memory over N: 1024 queries, 8 heads of 64", (1, 8, 1024, N, 64), (1, 2, 16, N // 64, 16))
     for N in (2**i for i in range(10, 19))
 )
 NAMED = {w.name: w for w in (*DENSE, *MASKED, *BATCH, *KEYS)}
