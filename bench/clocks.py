@@ -115,7 +115,7 @@ def in_graph(work: Work, once: float, count: int) -> list[float]:
             work()
     graph.replay()
     replays = max(FEWEST, count // calls)
-    return [between_events(graph.replay, 50e-6)[0] / calls for _ in range(replays)]
+    return [between_events(graph.replay, 300e-6)[0] / calls for _ in range(replays)]
 
 
 def said(error: BaseException) -> str:

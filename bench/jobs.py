@@ -41,6 +41,7 @@ def work(jobs: Sequence[Job], states: MutableSequence[int], deadlines: Sequence[
     """Do what is pending and not late (time.monotonic()); returns early when the device no longer answers."""
     if setting.device != "cuda":
         return _work(jobs, states, deadlines, setting, None)
+    gc.freeze()  # each capture of a graph collects garbage, of which imports make none
     flush = torch.empty(flush_bytes(), dtype=torch.uint8, device="cuda")
     # one stream for all: a backward runs on its forward's stream, and graphs cannot be captured on the default one
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -60,7 +61,10 @@ def _work(
     flush: torch.Tensor | None,
 ) -> None:
     rates = ceilings.on_cpu() if flush is None else ceilings.on_cuda()
-    print(f"rates: {rates.flops / 1e12:.4g} TFLOP/s, {rates.bytes / 1e9:.4g} GB/s, {rates.exps / 1e9:.4g} Gexp/s")
+    print(
+        f"rates: {rates.flops / 1e12:.4g} TFLOP/s, {rates.bytes / 1e9:.4g} GB/s, {rates.exps / 1e9:.4g} Gexp/s",
+        flush=True,
+    )
     ready: Prepared | str = ""
     for i, job in enumerate(jobs):
         if states[i] != PENDING:
@@ -101,7 +105,7 @@ def result(
     job: Job, ready: Prepared | str, rates: Cost, setting: Setting, flush: torch.Tensor | None
 ) -> tuple[rows.Row, bool]:
     """A row, and whether the device still answers."""
-    row = heading(job, setting)
+    row: rows.Row = heading(job, setting)
     row |= dict(rate_tflops=rates.flops / 1e12, rate_gbps=rates.bytes / 1e9, rate_gexps=rates.exps / 1e9)
     if isinstance(ready, str):
         return row | dict(status="error", detail=ready), answers(setting.device)

@@ -67,7 +67,7 @@ def _measure(provider: str, sizes: list[int], mode: str, case: dict[str, object]
 
     torch.set_num_threads(2)
 
-    def work(B: int, H: int, M: int, N: int, D: int) -> Callable[[], None]:
+    def work(B: int, H: int, M: int, N: int, D: int) -> Callable[[], object]:
         call = draw(Case("", B=B, Hq=H, Hk=H, M=M, N=N, D=D, **case))  # type: ignore[arg-type]
         return bind(provider, call, mode)
 

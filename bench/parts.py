@@ -37,12 +37,12 @@ def _names(*workloads: object) -> tuple[str, ...]:
 
 # compilation of FlexAttention takes seconds a shape: beside the masks it is for, one shape of each regime
 PARTS = {
-    "dense": Part(_names(*DENSE), PEERS, MODES, 190),
-    "masked": Part(_names(*MASKED), PEERS, MODES, 55),
-    "flex": Part((*_names(*MASKED), "W1a", "W5a", "W4a", "W2a"), FLEX, MODES, 110),
-    "batch": Part(_names(*BATCH), QUICK, MODES[:2], 50),
-    "memory": Part(_names(*KEYS), ("ours", "sdpa auto", "sdpa efficient", "eager"), MODES[2:], 30),
-    "host": Part(("W1c", "W6", "W7a", "W8b", "Flamingo 5"), ("ours", "sdpa auto"), (MODES[0], MODES[2]), 20),
+    "dense": Part(_names(*DENSE), PEERS, MODES, 225),
+    "masked": Part(_names(*MASKED), PEERS, MODES, 60),
+    "flex": Part((*_names(*MASKED), "W1a", "W5a", "W4a", "W2a"), FLEX, MODES, 90),
+    "batch": Part(_names(*BATCH), QUICK, MODES[:2], 45),
+    "memory": Part(_names(*KEYS), ("ours", "sdpa auto", "sdpa efficient", "eager"), MODES[2:], 20),
+    "host": Part(("W1c", "W6", "W7a", "W8b", "Flamingo 5"), ("ours", "sdpa auto"), (MODES[0], MODES[2]), 15),
 }
 
 

@@ -47,7 +47,7 @@ def quadratic(bind: Callable[[Call], Forward], call: Call) -> Forward:
     """A contender that stores M x N scores, where they are not too many."""
     q, k, _ = _qkv(call)
     scores = q.shape[:3].numel() * k.shape[2]
-    if scores > MOST_SCORES:
+    if scores >= MOST_SCORES:
         raise Refused(f"not asked: its scores would take {scores * q.element_size() / 2**30:.0f} GiB")
     return bind(call)
 
@@ -75,8 +75,8 @@ def compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
     # one shape after the other, all in one process
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 10_000
     functorch.donated_buffer = False  # a backward that is timed alone keeps its graph
-    compile = partial(torch.compile, dynamic=False, fullgraph=True)
-    return compile(flex_attention), compile(create_block_mask)
+    compiled_attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return compiled_attention, torch.compile(create_block_mask, dynamic=False)
 
 
 def flex(call: Call, mask_each_time: bool = False) -> Forward:
