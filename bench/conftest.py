@@ -105,7 +105,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     made |= dict(threads=torch.get_num_threads(), capability=torch.backends.cpu.get_cpu_capability())
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     new = {(row["table"], row["name"]): row for row in old} | {
-        (row["table"], row["name"]): {k: _plain(v) for k, v in row.items()} | made for row in rows
+        (row["table"], row["name"]): {k: _plain(v) for k, v in (row | made | row).items()} for row in rows
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in new.values()) + "\n]\n")

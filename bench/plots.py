@@ -173,7 +173,7 @@ def _log_times(axes: Axes, low: float, high: float) -> None:
     """A logarithmic x axis with ticks that read as factors."""
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    steps = (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 5, 7)
+    steps = (1,) if high / low > 1000 else (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 5, 7)
     axes.xaxis.set_major_locator(LogLocator(subs=steps))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())

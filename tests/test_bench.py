@@ -190,7 +190,7 @@ def test_rows_are_appended_to_the_file_of_their_device(tmp_path):
 
 def results_of(tmp_path, *arguments):
     assert run.main(["--device", "cpu", "--out", str(tmp_path), *arguments]) == 0
-    return {(r["workload"], r["provider"], r["mode"]): r for r in rows.read(tmp_path / "cpu-2-threads.csv")}
+    return {(r["workload"], r["provider"], r["mode"]): r for r in rows.read(tmp_path / "cpu-1-thread.csv")}
 
 
 @pytest.fixture(autouse=True)
@@ -269,7 +269,7 @@ def test_wrong_arguments_are_answered_in_one_sentence(arguments, said, capsys):
 def test_without_a_gpu_or_with_a_file_of_other_columns(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run.main(["--device", "cuda"]) == 2 and "needs an NVIDIA GPU" in capsys.readouterr().out
-    (tmp_path / "cpu-2-threads.csv").write_text("a,b\n")
+    (tmp_path / "cpu-1-thread.csv").write_text("a,b\n")
     assert run.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "move it away" in capsys.readouterr().out
 
@@ -317,6 +317,29 @@ def _replaced(todo, states, deadlines):
 def test_a_process_that_asks_to_be_replaced_is():
     states = supervise(_replaced, "abc", [time.monotonic() + 60] * 3, (), pytest.fail, method="fork")
     assert list(states) == [jobs.DONE] * 3
+
+
+def test_a_run_on_a_gpu_is_supervised(tmp_path, monkeypatch, capsys):
+    """Up to the processes: here every one of them dies."""
+
+    def supervise(target, todo, deadlines, arguments, died):
+        assert target is jobs.work and deadlines == sorted(deadlines) and arguments[0].device == "cuda"
+        for job in todo[:-1]:
+            died(job, "it fell off the bus")
+        return [jobs.DONE] * (len(todo) - 1) + [jobs.LEFT_OUT]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
+    monkeypatch.setattr(run, "compile_ahead", lambda todo, setting: None)
+    monkeypatch.setattr(run, "supervise", supervise)
+    assert run.main(["--device", "cuda", "--out", str(tmp_path), "--part", "host", "masked", "--commit", "abc"]) == 0
+    found = rows.read(tmp_path / "nvidia-test-1.csv")
+    everything = sum(len(jobs_of(n, PARTS[n])) for n in ("host", "masked"))
+    assert len(found) == everything - 1 and f"{everything - 1} rows, 1 left out" in capsys.readouterr().out
+    assert {(r["status"], r["detail"], r["dtype"], r["commit"]) for r in found} == {
+        ("died", "it fell off the bus", "bfloat16", "abc")
+    }
+    assert {r["M"] for r in found if r["workload"] == "W1c"} == {1024.0}, "whole sizes on a GPU"
 
 
 # ---- clocks: the order of what a GPU is told ----
