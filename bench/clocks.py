@@ -53,7 +53,7 @@ def on_cpu(work: Work, budget: float = 0.2) -> Times:
 
 
 def on_cuda(work: Work, flush: torch.Tensor, budget: float = 0.05) -> tuple[Times, str]:
-    """All clocks, and why the graph's is missing if it is.  flush: twice the L2 cache or more, overwritten.
+    """All clocks, and why the graph's is missing if it is.  flush: twice the L2 cache or more, read to evict the rest.
 
     To be called with the stream on which `work` runs as the current one, which must not be the default stream.
     """
@@ -97,7 +97,7 @@ def between_events(work: Work, hold: float, flush: torch.Tensor | None = None) -
     torch.cuda.synchronize()
     torch.cuda._sleep(int(hold * SPIN) + 20_000)
     if flush is not None:
-        flush.zero_()
+        flush.sum()  # read, not written: dirty lines would go back to memory during the call
     start.record()
     host = seconds(work)
     end.record()

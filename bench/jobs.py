@@ -42,7 +42,7 @@ def work(jobs: Sequence[Job], states: MutableSequence[int], deadlines: Sequence[
     if setting.device != "cuda":
         return _work(jobs, states, deadlines, setting, None)
     gc.freeze()  # each capture of a graph collects garbage, of which imports make none
-    flush = torch.empty(flush_bytes(), dtype=torch.uint8, device="cuda")
+    flush = torch.zeros(flush_bytes() // 4, device="cuda")
     # one stream for all: a backward runs on its forward's stream, and graphs cannot be captured on the default one
     with torch.cuda.stream(torch.cuda.Stream()):
         _work(jobs, states, deadlines, setting, flush)
