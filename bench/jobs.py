@@ -30,9 +30,8 @@ class Setting(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """One workload, drawn and known."""
+    """A workload, drawn, and what is known of it."""
 
-    workload: Named
     known: list[Truth]
     seen: Visible
 
@@ -66,15 +65,16 @@ def _work(
         flush=True,
     )
     ready: Prepared | str = ""
+    workload = None
     for i, job in enumerate(jobs):
         if states[i] != PENDING:
             continue
         if time.monotonic() > deadlines[i]:
             states[i] = LEFT_OUT
             continue
-        if isinstance(ready, str) or ready.workload.name != job.workload:
-            ready = ""  # its memory first
-            ready = prepare(NAMED[job.workload], setting)
+        if job.workload != workload:
+            ready = ""  # the memory of the last one first
+            ready, workload = prepare(NAMED[job.workload], setting), job.workload
         row, alive = result(job, ready, rates, setting, flush)
         rows.append(setting.path, row)
         states[i] = DONE
@@ -88,7 +88,7 @@ def prepare(workload: Named, setting: Setting) -> Prepared | str:
     free(setting.device)
     try:
         known = truths(lambda seed: workload.inputs(setting.device, setting.small, seed))
-        return Prepared(workload, known, visible(known[0].call))
+        return Prepared(known, visible(known[0].call))
     except Exception as error:
         return f"no reference: {clocks.said(error)}"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.jobs import DONE, LEFT_OUT, PENDING
 
-GRACE = 60.0  # seconds that a job may run past its deadline, or a process take to start, before it is killed
+PATIENCE = 75.0  # seconds that one job, or the start of a process with its first, may take before it is killed
 FRUITLESS = 4  # processes in a row that die on their first job: then it is the machine, not the job
 
 
@@ -20,7 +20,7 @@ def supervise(
     arguments: tuple[Any, ...],
     died: Callable[[Any, str], None],
     method: str = "spawn",
-    grace: float = GRACE,
+    patience: float = PATIENCE,
 ) -> MutableSequence[int]:
     """`target(jobs, states, deadlines, *arguments)` in processes, one after the other, until no job is pending.
 
@@ -34,24 +34,23 @@ def supervise(
         before = list(states)
         child = context.Process(target=target, args=(jobs, states, deadlines, *arguments))
         child.start()
+        late, seen, since = False, before, time.monotonic()
         while child.is_alive():
             child.join(0.2)
-            i = _first_pending(states)
-            if i is not None and time.monotonic() > deadlines[i] + grace:
+            if list(states) != seen:
+                seen, since = list(states), time.monotonic()
+            if PENDING in seen and time.monotonic() > since + patience:
+                late = True
                 child.kill()
                 child.join()
-                break
         idle = list(states) == before
         fruitless = fruitless + 1 if idle else 0
-        i = _first_pending(states)
+        i = next((i for i, state in enumerate(states) if state == PENDING), None)
         # a process that ended by itself, having done something, wanted to be replaced
         if i is not None and (child.exitcode or idle):
-            died(jobs[i], f"its process ended with exit code {child.exitcode}")
+            ended = f"its process ended with exit code {child.exitcode}"
+            died(jobs[i], "it did not end in time, and was killed" if late else ended)
             states[i] = DONE
     for i, state in enumerate(states):
         states[i] = LEFT_OUT if state == PENDING else state
     return states
-
-
-def _first_pending(states: Sequence[int]) -> int | None:
-    return next((i for i, s in enumerate(states) if s == PENDING), None)
