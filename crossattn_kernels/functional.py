@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from crossattn_kernels import ops, reference
+from crossattn_kernels import ops, reference, tuning
 from crossattn_kernels.masks import Mask
 from crossattn_kernels.problem import Inputs, Options, Problem, SharedBatch, canonical, is_expanded, one_of
 
@@ -111,7 +111,7 @@ def attend(x: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend and schedule a call would run, and for every other backend each reason why not."""
+    """Which backend and schedules a call would run, and for every other each reason why not."""
 
     backend: str
     schedule: str
@@ -129,11 +129,10 @@ def explain(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, 
     for name in ("generator", "return_lse"):
         arguments.pop(name, None)
     q, k, v = autocast(q, k, v)
-    x, _ = canonical(q, k, v, mask, **arguments)
-    problem = Problem.of(x)
+    x, options = canonical(q, k, v, mask, **arguments)
+    problem = Problem.of(x, options)
     chosen = choose(problem, one_of("backend", backend, (None, *BACKENDS), q=q, k=k, v=v))
     schedules = {
-        "triton": "forward: one program a query tile; backward: two-pass",
         "torch": "PyTorch's CPU flash kernel where it can, else tiles" if problem.device.type == "cpu" else "tiles",
         "reference": "the definition, quadratic memory",
     }
@@ -141,6 +140,10 @@ def explain(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, 
     for name in BACKENDS:
         if name != chosen:
             reasons[name] = unsupported(problem, name) or _not_chosen(name, backend)
+    if chosen == "triton":
+        plan = tuning.plan(problem)
+        schedules["triton"] = f"forward {plan.forward_schedule}, backward {plan.backward_schedule}"
+        reasons |= {name: (why,) for name, why in plan.reasons}
     return Explanation(chosen, schedules[chosen], reasons)
 
 

@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from crossattn_kernels import tiled
@@ -38,8 +40,14 @@ for schema in (
 
 def attend(x: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     """(y, lse) of a canonical call."""
-    # torch.compile and torch.export see the operator, torch.func the Function that is its derivative
-    run = torch.ops.crossattn.forward if torch.compiler.is_compiling() else CrossAttention.apply
+    # torch.compile and torch.export see the operator, torch.func and autograd the Function that is its derivative
+    run: Callable[..., tuple[Tensor, ...]]
+    if torch.compiler.is_compiling():
+        run = torch.ops.crossattn.forward
+    elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        run = CrossAttention.apply
+    else:
+        run = CrossAttention.forward
     y, _, lse, _, _ = run(*x, *options, backend)
     return y, lse
 
@@ -57,7 +65,7 @@ def forward_op(*call: Any) -> tuple[Tensor, ...]:
     free: bool (1|B, 1|Hq, M), rows that `empty_rows` fills
     """
     x, options, backend = _unpack(call)
-    with torch.autocast(x.q.device.type, enabled=False):
+    with _no_autocast(x):
         return _engine(backend).forward(x, options)
 
 
@@ -79,7 +87,7 @@ def backward_op(
     """
     x, options, backend = _unpack(call)
     filled = free if _keeps_free(x, options) else None
-    with torch.autocast(x.q.device.type, enabled=False):
+    with _no_autocast(x):
         grads = _engine(backend).backward(dy, dlse, x, options, o, lse, state, filled, Gradients._make(wanted))
     return tuple(
         x.q.new_empty(0) if g is None
@@ -113,6 +121,12 @@ def _(dy: Tensor, dlse: Tensor | None, o: Tensor, *rest: Any) -> tuple[Tensor, .
     return tuple(fake(name) if w else x.q.new_empty(0) for name, w in zip(Gradients._fields, wanted))
 
 
+def _no_autocast(x: Inputs) -> contextlib.AbstractContextManager[Any]:
+    kind = x.q.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
+
+
 def _unpack(call: Sequence[Any]) -> tuple[Inputs, Options, str]:
     return Inputs(*call[:NUM_INPUTS]), Options(*call[NUM_INPUTS:-1]), call[-1]
 
@@ -137,13 +151,33 @@ def _keeps_free(x: Inputs, options: Options) -> bool:
 # ---- derivatives ----
 
 
-class CrossAttention(torch.autograd.Function):
+class Light(torch.autograd.Function):
+    """A Function for plain positional arguments: `apply` does not work out its signature in each call."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        args = torch._functorch.utils.unwrap_dead_wrappers(args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+def _below_autograd(operator: Any, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """What the operator does without derivatives; where nobody listens to operators, the dispatcher is spared."""
+    heard = torch._C._len_torch_dispatch_stack() or any(isinstance(t, Tensor) and type(t) not in PLAIN for t in args)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return operator(*args) if heard else implementation(*args)
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class CrossAttention(Light):
     """`crossattn::forward`; y and lse are differentiable."""
 
     @staticmethod
     def forward(*call: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return torch.ops.crossattn.forward(*call)
+        return _below_autograd(torch.ops.crossattn.forward, forward_op, call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -183,13 +217,12 @@ class CrossAttention(torch.autograd.Function):
         return _unfold(out, [t.ndim > 1 for t in out], V, B)
 
 
-class CrossAttentionBackward(torch.autograd.Function):
+class CrossAttentionBackward(Light):
     """`crossattn::backward`; a Function, so that vmap works over it and a second derivative says why it does not."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return torch.ops.crossattn.backward(*args)
+        return _below_autograd(torch.ops.crossattn.backward, backward_op, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -215,7 +248,7 @@ class CrossAttentionBackward(torch.autograd.Function):
         return tuple(g.sum_to_size(V, *t.shape) if w else g for g, t, w in zip(grads, given, wanted)), dims
 
 
-def _derivative(function: type[torch.autograd.Function], *args: Any) -> Any:
+def _derivative(function: type[Light], *args: Any) -> Any:
     """What an operator does that is called by itself, as in compiled and exported programs."""
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("torch.func finds no derivative of a crossattn operator; call cross_attention")

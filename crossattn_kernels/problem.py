@@ -6,7 +6,6 @@ Letters: B batch, Hq query heads, Hk key heads, M queries, N keys, D head size o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -65,8 +64,7 @@ class Options(NamedTuple):
         return Mask(x.start, x.end, x.keys, x.visible, self.query_group, self.key_group)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Sizes, type and demands of one call: what schedules, explanations and cost models look at."""
 
     B: int
@@ -80,14 +78,30 @@ class Problem:
     device: torch.device
     masked: bool = False
     biased: bool = False
+    plain: bool = True  # nothing but q, k, v, a number as scale and ranges
+    sifts: bool = False  # an entry inside the range of its query may be hidden or changed
+    shares_q: bool = False  # one batch entry of q (k) for all
+    shares_k: bool = False
+    chunk: bool = False  # the keys are part of a longer whole
+    aligned: bool = True  # rows of q, k, v begin at multiples of 16 bytes
 
     @staticmethod
-    def of(x: Inputs) -> Problem:
+    def of(x: Inputs, options: Options | None = None) -> Problem:
+        """Without options, what the choice of a backend looks at; with them also what that of a schedule does."""
         B, Hq, M, N = x.sizes
-        masked = any(t is not None for t in (x.start, x.end, x.keys, x.visible))
+        asked = options or Options()
+        rest = (x.keys, x.visible, x.bias, x.gate, x.scale, x.seed)
         return Problem(
-            B, Hq, x.k.shape[1], M, N, x.q.shape[3], x.v.shape[3], x.q.dtype, x.q.device, masked, x.bias is not None
-        )
+            B, Hq, x.k.shape[1], M, N, x.q.shape[3], x.v.shape[3], x.q.dtype, x.q.device,
+            masked=any(t is not None for t in (x.start, x.end, x.keys, x.visible)),
+            biased=x.bias is not None,
+            plain=all(t is None for t in rest) and not asked.softcap and asked.empty_rows == "zero",
+            sifts=any(t is not None for t in (x.keys, x.visible, x.bias)) or asked.empty_rows == "uniform",
+            shares_q=x.q.shape[0] < B,
+            shares_k=x.k.shape[0] < B,
+            chunk=asked.chunk,
+            aligned=options is None or all(_rows_aligned(t) for t in (x.q, x.k, x.v)),
+        )  # fmt: skip
 
     @property
     def group(self) -> int:
@@ -103,6 +117,10 @@ class Problem:
         queries, keys = self.B * self.Hq * self.M, self.B * self.Hk * self.N
         once = (queries + keys) * (self.D + self.Dv) * self.dtype.itemsize
         return once + 4 * queries if mode == "forward" else 2 * once + 4 * queries
+
+
+def _rows_aligned(t: Tensor) -> bool:
+    return all(n * t.element_size() % 16 == 0 for n in t.stride()[:3])
 
 
 def matmul_flops(B: int, Hq: int, M: int, N: int, D: int, Dv: int, mode: str) -> int:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "tiled": {"parts", "problem", "dropout"},
     "tuning": {"problem"},
     "ops": {"tiled", "problem"},
-    "functional": {"ops", "problem", "masks", "tiled", "reference"},
+    "functional": {"ops", "problem", "masks", "tiled", "reference", "tuning"},
     "chunked": DOOR,
     "distributed": DOOR,
     "maps": DOOR,
@@ -38,13 +38,18 @@ MAY_IMPORT = {
     "cli": set(),
     "demo": {"__init__", "testing"},
     "testing": {"functional", "masks"},
-    "kernels": {"kernels.forward", "kernels.backward", "kernels.bias_grad", "kernels.views", "problem", "tiled"},
+    "kernels": {
+        *(f"kernels.{name}" for name in ("forward", "backward", "short_queries", "bias_grad", "views")),
+        "problem",
+        "tiled",
+    },
 }
 LAZILY = {"ops": {"kernels"}, "functional": {"kernels"}, "cli": {"demo"}}
 
-# views <- tiles <- softmax <- scores <- bounds, forward, backward, bias_grad
-LAYERS = [["views"], ["tiles"], ["softmax"], ["scores"], ["bounds", "forward", "backward", "bias_grad"]]
-SIDEWAYS = {("forward", "bounds"), ("backward", "bounds"), ("bias_grad", "backward")}
+# views <- launch, tiles <- softmax <- scores <- schedules
+SCHEDULES = ["bounds", "forward", "backward", "short_queries", "bias_grad"]
+LAYERS = [["views"], ["launch", "tiles"], ["softmax"], ["scores"], SCHEDULES]
+SIDEWAYS = {("forward", "bounds"), ("backward", "bounds"), ("bias_grad", "backward"), ("short_queries", "backward")}
 FROM_OUTSIDE = {"problem", "tuning", "dropout", "tiled"}  # of tiled only Gradients
 
 
@@ -176,17 +181,14 @@ JITTED = {
     if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
 }
 ENTRIES = {name: node for name, node in JITTED.items() if name.endswith("_kernel")}
-LAUNCHES = [
-    pytest.param(node, id=f"{module}:{node.lineno}")
-    for module in KERNEL_FILES
-    for node in ast.walk(TREES[module])
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and "_kernel" in ast.unparse(node.func.value)
-]
+
+
+def calls(module):
+    return (node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call))
 
 
 def test_kernels_are_found():
     assert {"forward.forward_kernel", "backward.dq_kernel", "backward.dkv_kernel"} <= ENTRIES.keys()
-    assert len(LAUNCHES) >= len(ENTRIES)
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -197,23 +199,30 @@ def test_kernels_are_short(name):
     assert body[-1].end_lineno - body[0].lineno + 1 <= 45
 
 
-@pytest.mark.parametrize("launch", LAUNCHES)
-def test_launches_choose_fp_fusion(launch):
-    """Named in the call, or in the options that it unpacks, which views.py makes."""
-    views = [part.arg for part in ast.walk(TREES["kernels.views"]) if isinstance(part, ast.keyword)]
-    assert {"enable_fp_fusion", None} & {keyword.arg for keyword in launch.keywords}
-    assert "enable_fp_fusion" in views
+@pytest.mark.parametrize("name", ENTRIES)
+def test_kernels_are_launched_in_one_place(name):
+    """By a Launcher, which knows how each is launched and says whether products may be fused with sums."""
+    kernel = name.partition(".")[2]
+    users = [node for module in KERNEL_FILES for node in calls(module) if any(_names(a, kernel) for a in node.args)]
+    # Backward.run adds what all its kernels take and launches
+    assert users and all(ast.unparse(node.func).rpartition(".")[2] in ("launch", "run") for node in users)
+    assert f'"{kernel}"' in FILES["kernels.launch"].read_text()
+    assert "enable_fp_fusion" in [word.arg for node in calls("kernels.launch") for word in node.keywords]
+
+
+def _names(node, name):
+    return isinstance(node, ast.Name) and node.id == name
 
 
 def test_every_product_names_its_precision():
-    calls = [
+    products = [
         (name, node)
         for name, function in JITTED.items()
         for node in ast.walk(function)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.dot"
     ]
-    assert calls
-    for name, node in calls:
+    assert products
+    for name, node in products:
         assert "input_precision" in [keyword.arg for keyword in node.keywords], name
 
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from crossattn_kernels.kernels.backward import Backward
 from crossattn_kernels.kernels.bias_grad import bias_grad
-from crossattn_kernels.kernels.forward import forward
+from crossattn_kernels.kernels.forward import forward as forward_here
+from crossattn_kernels.kernels.short_queries import short_queries
 from crossattn_kernels.kernels.views import INTERPRETED
 from crossattn_kernels.problem import Inputs, Options, Problem
 from crossattn_kernels.tiled import Gradients
 
 __all__ = ["backward", "forward", "unsupported"]
+
+
+def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, o, lse, state, free), as `ops.forward_op` documents."""
+    with _current(x.q.device):
+        return forward_here(x, options)
 
 
 def backward(
@@ -26,18 +38,29 @@ def backward(
     wanted: Gradients,
 ) -> Gradients:
     """Gradients of the wanted inputs; o is the gated output, or the ungated one when the gate varies along Dv."""
-    run = Backward(dy, dlse, x, options, o, lse, state, free)
-    row_gate = bool(wanted.gate) and not x.gate_varies
-    dq = dk = dv = dgate = dscale = None
-    if wanted.q or wanted.scale or row_gate:
-        dq, dgate, dscale = run.dq(row_gate, bool(wanted.scale))
-    if wanted.k or wanted.v:
-        dk, dv = run.dkv()
+    if not math.prod(x.sizes):
+        return Gradients(*(torch.zeros_like(getattr(x, n)) if w else None for n, w in zip(Gradients._fields, wanted)))
+    with _current(x.q.device):
+        return _backward(Backward(dy, dlse, x, options, o, lse, state, free, wanted))
+
+
+def _backward(run: Backward) -> Gradients:
+    x, wanted = run.x, run.wanted
+    by_queries, by_keys = (wanted.q or wanted.scale or wanted.gate), (wanted.k or wanted.v)
+    few = run.launch.plan.backward_schedule == "short queries" and by_queries and by_keys
+    found = short_queries(run) if few else run.gradients()
     if wanted.gate and x.gate_varies:
-        dgate = run.dgate_by_channel()
-    found = Gradients(dq, dk, dv, bias_grad(run) if wanted.bias else None, dgate, dscale)
+        found = found._replace(gate=run.dgate_by_channel())
+    if wanted.bias:
+        found = found._replace(bias=bias_grad(run))
     asked = ((g, getattr(x, name), w) for name, g, w in zip(Gradients._fields, found, wanted))
     return Gradients(*(g.to(t.dtype) if w and g is not None else None for g, t, w in asked))
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, whichever holds the tensors."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
 
 
 def unsupported(problem: Problem) -> tuple[str, ...]:

@@ -1,34 +1,59 @@
-"""Backward in two passes: dq by tiles of queries, dk and dv by tiles of keys; p is made again, no atomics."""
+"""Backward: dq by tiles of queries, dk and dv by tiles of keys, or all three by keys where one tile holds them all.
+
+p is made again; partial sums of several programs are fp32 and added in order.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossattn_kernels.kernels.bounds import overlaps, query_range, tile_ranges
+from crossattn_kernels.kernels.bounds import overlaps, query_range, ranges_view, tile_ranges
+from crossattn_kernels.kernels.launch import Launcher
 from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, scores, through_softcap, touches
-from crossattn_kernels.kernels.softmax import across, down, load_row, softmax_grad
-from crossattn_kernels.kernels.tiles import dot, finite, load_rows, load_vec, program, store_rows, store_vec
-from crossattn_kernels.kernels.views import Rows, dropout_view, launch_options, logits_view, row_gate_view, view
-from crossattn_kernels.problem import Inputs, Options, Problem
-from crossattn_kernels.tuning import Config, choose, power_of_two
+from crossattn_kernels.kernels.softmax import across, down, load_row, softmax_grad, weighed
+from crossattn_kernels.kernels.tiles import (
+    dot,
+    finite,
+    load_rows,
+    load_vec,
+    program,
+    share,
+    store_rows,
+    store_vec,
+)
+from crossattn_kernels.kernels.views import (
+    QuerySums,
+    Rows,
+    as_bytes,
+    dropout_view,
+    inputs_view,
+    logits_view,
+    row_gate_view,
+    rows_view,
+    view,
+)
+from crossattn_kernels.problem import Inputs, Options
+from crossattn_kernels.tiled import Gradients
+from crossattn_kernels.tuning import Config
 
 
 @triton.jit
-def delta_kernel(o, do, dlse, delta, Hq, M, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
+def delta_kernel(o, do, dlse, delta, Hq, M, C: tl.constexpr):
     """delta = rowsum(o * do) - dlse for BLOCK_M queries; with a gate on whole rows y and dy give the same.
 
     fp32 tensors are summed in fp64: dp - delta cancels, and this kernel waits for memory anyway.
     """
-    tile, b, h = program(tl.cdiv(M, BLOCK_M), Hq)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    dv = tl.arange(0, BLOCK_DV)
-    wide: tl.constexpr = tl.float64 if o.ptr.dtype.element_ty == tl.float32 else tl.float32
-    o_tile, do_tile = load_rows(o, b, h, rows, dv, M, DV).to(wide), load_rows(do, b, h, rows, dv, M, DV).to(wide)
+    tile, b, h = program(tl.cdiv(M, C.BLOCK_M), Hq)
+    rows, dv = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_DV)
+    exact: tl.constexpr = tl.float64 if o.ptr.dtype.element_ty == tl.float32 else tl.float32
+    o_tile, do_tile = load_rows(o, b, h, rows, dv, M, C.DV).to(exact), load_rows(do, b, h, rows, dv, M, C.DV).to(exact)
     total = tl.sum(o_tile * do_tile, 1).to(tl.float32)
     if dlse is not None:
         total -= load_vec(dlse, b, h, rows, M, 0.0)
@@ -36,11 +61,8 @@ def delta_kernel(o, do, dlse, delta, Hq, M, DV: tl.constexpr, BLOCK_DV: tl.const
 
 
 @triton.jit
-def dq_kernel(q, k, v, do, dq, gate_sum, scale_sum, known, logits, drop, batches, Hq, M, N, C: tl.constexpr):
-    """dq = scale * ds k for BLOCK_M queries of one (b, h), summed over the `batches` that share them.
-
-    On the way: gate_sum = rowsum(p * dy vᵀ) = rowsum(dy * o), and scale_sum = rowsum(q * ds k) = rowsum(ds * q kᵀ).
-    """
+def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, Hq, M, N, C: tl.constexpr):
+    """The sums over keys for BLOCK_M queries of one (b, h); for dq and scale also over the `batches` that share q."""
     tile, shared, h = program(tl.cdiv(M, C.BLOCK_M), Hq)
     rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
     d, dv = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
@@ -62,26 +84,28 @@ def dq_kernel(q, k, v, do, dq, gate_sum, scale_sum, known, logits, drop, batches
                 dyv = dot(do_tile, v_tile.T, None, C.TF32)
                 s = scores(qk, logits, scale, b, h, rows[:, None], keys[None, :], M, N)
                 p, ds = softmax_grad(s, dyv, row, drop, b, h, rows[:, None], keys[None, :], 1, C.ALONE)
-                if gate_sum is not None:
-                    gated += tl.sum(tl.where(p == 0.0, 0.0, p * dyv), 1)
+                if sums.gate is not None:
+                    gated += weighed(p, dyv, 1)
                 ds = through_softcap(logit_grad(ds, logits, b, h, rows[:, None], M), qk, logits, scale)
                 k_tile = finite(k_tile) if C.HIDES else k_tile
                 acc = dot(ds.to(k_tile.dtype), k_tile, acc, C.TF32)
-        if gate_sum is not None:
-            store_vec(gate_sum, b, h, rows, M, gated)
-    if scale_sum is not None:
-        store_vec(scale_sum, shared, h, rows, M, tl.sum(acc * q_tile.to(tl.float32), 1))
-    store_rows(dq, shared, h, rows, d, M, C.D, acc * scale)
+        if sums.gate is not None:
+            store_vec(sums.gate, b, h, rows, M, gated)
+    if sums.scale is not None:
+        store_vec(sums.scale, shared, h, rows, M, tl.sum(acc * q_tile.to(tl.float32), 1))
+    store_rows(sums.dq, shared, h, rows, d, M, C.D, acc * scale)
 
 
 @triton.jit
-def dkv_kernel(q, k, v, do, dk, dv, known, ranges, logits, drop, batches, Hq, M, N, C: tl.constexpr):
+def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, splits, Hq, M, N, C: tl.constexpr):
     """dv = pᵀ do and dk = scale * dsᵀ q for BLOCK_N keys of one (b, key head).
 
-    Both are summed over the GROUP query heads and the `batches` that share the keys.  sᵀ = k qᵀ is computed as such: no
-    product takes a transposed accumulator.
+    If these are all keys, what is summed over them can be had as well.  dk and dv are summed over the GROUP query heads
+    and the `batches` that share the keys; with several splits a program takes its share of the queries and stores
+    partial sums.  sᵀ = k qᵀ is computed as such: no product takes a transposed accumulator.
     """
-    tile, shared, hk = program(tl.cdiv(N, C.BLOCK_N), Hq // C.GROUP)
+    tile, rest, hk = program(tl.cdiv(N, C.BLOCK_N), Hq // C.GROUP)
+    split, shared = rest % splits, rest // splits
     keys = tile * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
     d, e = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
     k_tile = load_rows(k, shared, hk, keys, d, N, C.D)  # (BLOCK_N, BLOCK_D)
@@ -92,10 +116,11 @@ def dkv_kernel(q, k, v, do, dk, dv, known, ranges, logits, drop, batches, Hq, M,
         b, h = shared + i // C.GROUP, hk * C.GROUP + i % C.GROUP
         scale = head_scale(logits, b, h)
         lo, hi = query_range(ranges, b, h, keys, M, C.BLOCK_M)
+        lo, hi = share(lo, hi, split, splits, C.BLOCK_M)
         for first in tl.range(lo, hi, C.BLOCK_M):
             rows = first + tl.arange(0, C.BLOCK_M)
             seen = overlaps(ranges, b, h, first // C.BLOCK_M, keys, True)
-            if seen & touches(logits.mask, b, h, rows[None, :], keys[:, None], M, N):
+            if seen & touches(logits.mask, b, h, rows[None, :], keys[:, None], M, N, sums.dq is None):
                 q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
                 do_tile = load_rows(do, b, h, rows, e, M, C.DV)  # (BLOCK_M, BLOCK_DV)
                 row = across(load_row(known, b, h, rows, M))
@@ -103,22 +128,40 @@ def dkv_kernel(q, k, v, do, dk, dv, known, ranges, logits, drop, batches, Hq, M,
                 vdy = dot(v_tile, do_tile.T, None, C.TF32)
                 s = scores(kq, logits, scale, b, h, rows[None, :], keys[:, None], M, N)
                 p, ds = softmax_grad(s, vdy, row, drop, b, h, rows[None, :], keys[:, None], 0, C.ALONE)
-                ds = through_softcap(logit_grad(ds, logits, b, h, rows[None, :], M), kq, logits, scale) * scale
+                ds = through_softcap(logit_grad(ds, logits, b, h, rows[None, :], M), kq, logits, scale)
+                if sums.dq is not None:
+                    if sums.gate is not None:
+                        store_vec(sums.gate, b, h, rows, M, weighed(p, vdy, 0))
+                    if sums.scale is not None:
+                        store_vec(sums.scale, b, h, rows, M, weighed(ds, kq, 0))
+                    finite_k = finite(k_tile) if C.HIDES else k_tile
+                    dq = dot(finite_k.T, (ds * scale).to(k_tile.dtype), None, C.TF32)  # (BLOCK_D, BLOCK_M)
+                    store_rows(sums.dq, b, h, rows, d, M, C.D, dq.T)
                 dv_acc = dot((p * row.gate).to(do_tile.dtype), do_tile, dv_acc, C.TF32)
-                dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc, C.TF32)
-    store_rows(dk, shared, hk, keys, d, N, C.D, dk_acc)
-    store_rows(dv, shared, hk, keys, e, N, C.DV, dv_acc)
+                dk_acc = dot((ds * scale).to(q_tile.dtype), q_tile, dk_acc, C.TF32)
+    entries = tl.num_programs(0) // (tl.cdiv(N, C.BLOCK_N) * (Hq // C.GROUP) * splits)
+    store_rows(dk, split * entries + shared, hk, keys, d, N, C.D, dk_acc)
+    store_rows(dv, split * entries + shared, hk, keys, e, N, C.DV, dv_acc)
 
 
-def by_sequence(t: Tensor, fill: bool) -> Tensor:
-    """A gradient of q, k or v, (B, H, sequence, D), laid out as (B, sequence, H, D); zeros if no kernel fills it."""
-    like = t.transpose(1, 2)
-    fresh = torch.zeros_like if fill else torch.empty_like
-    return fresh(like, memory_format=torch.contiguous_format).transpose(1, 2)
+@triton.jit
+def fold_kernel(parts, whole, size, splits, C: tl.constexpr):
+    """The sum over splits, in their order, of BLOCK_M elements."""
+    i = tl.cast(tl.program_id(0), tl.int64) * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
+    total = tl.zeros([C.BLOCK_M], tl.float32)
+    for split in tl.range(0, splits):
+        total += tl.load(parts + tl.cast(split, tl.int64) * size + i, mask=i < size, other=0.0)
+    tl.store(whole + i, total.to(whole.dtype.element_ty), mask=i < size)
+
+
+def by_sequence(t: Tensor, parts: int = 1) -> Tensor:
+    """Room for a gradient of q, k or v, laid out as (B, sequence, H, D), or for fp32 partial sums of it."""
+    B, H, S, D = t.shape
+    return t.new_empty(parts * B, S, H, D, dtype=t.dtype if parts == 1 else torch.float32).transpose(1, 2)
 
 
 class Backward:
-    """One backward: what its kernels share, and their launches."""
+    """One backward, of a problem that is not empty: what its kernels share, and their launches."""
 
     def __init__(
         self,
@@ -130,15 +173,15 @@ class Backward:
         lse: Tensor,
         state: Tensor,
         free: Tensor | None,
+        wanted: Gradients,
     ) -> None:
-        B = x.sizes[0]
-        self.x, self.options, self.problem, self.free = x, options, Problem.of(x), free
+        self.x, self.options, self.wanted = as_bytes(x), options, wanted
+        self.free = None if free is None else free.view(torch.uint8)
         self.dy, self.dlse, self.o, self.lse, self.state = dy, dlse, o, lse, state
-        self.q, self.k, self.v = (view(t, B, *t.shape[1:]) for t in (x.q, x.k, x.v))
         # a gate on whole rows is applied inside the kernels, one that varies along Dv here
         self.do = dy if not x.gate_varies else (self.gate * dy).to(dy.dtype)
         self.do = self.do if self.do.stride(3) == 1 else self.do.contiguous()
-        self.logits, self.drop = logits_view(x, options, free), dropout_view(x, options)
+        self.launch = Launcher.of(self.x, options, (self.do, dlse, o, lse, state, self.free, *map(bool, wanted)))
 
     @cached_property
     def gate(self) -> Tensor:
@@ -147,58 +190,102 @@ class Backward:
 
     @cached_property
     def full_delta(self) -> Tensor:
-        B, Hq, M, _ = self.x.sizes
+        B, Hq, M = self.lse.shape
         delta = torch.empty_like(self.lse)
-        BLOCK_M, BLOCK_DV = 64, max(16, power_of_two(self.problem.Dv))
-        if delta.numel():
-            delta_kernel[(triton.cdiv(M, BLOCK_M) * B * Hq,)](
-                view(self.o), view(self.do), view(self.dlse), view(delta), Hq, M,
-                DV=self.problem.Dv, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M, enable_fp_fusion=True,
-            )  # fmt: skip
+
+        def arguments(o: Tensor, do: Tensor, dlse: Tensor | None, delta: Tensor) -> tuple:
+            tiles = triton.cdiv(M, self.launch.plan.rows.BLOCK_M)
+            return tiles * B * Hq, rows_view(o), rows_view(do), view(dlse), view(delta), Hq, M
+
+        self.launch(delta_kernel, arguments, self.o, self.do, self.dlse, delta)
         return delta
 
-    def known(self, config: Config) -> Rows:
-        high, inverse = (None, None) if self.options.chunk else self.state.unbind(1)
-        if self.problem.N > config.BLOCK_N or self.options.chunk:
-            delta = self.full_delta
-        else:
-            delta = self.lse.new_zeros(()) if self.dlse is None else -self.dlse
-        return Rows(view(self.lse), view(high), view(inverse), view(delta, *self.lse.shape), row_gate_view(self.x))
+    def run(self, kernel: Any, config: Config, arguments: Callable[..., tuple], *tensors: Tensor | None) -> None:
+        """Launch a kernel that makes p and ds: `arguments` gets its own tensors as they are and what all of these
+        kernels take as (q, k, v, do), known, logits and dropout."""
+        alone = self.x.sizes[3] <= config.BLOCK_N and not self.options.chunk
+        delta, state = None if alone else self.full_delta, None if self.options.chunk else self.state
 
-    def launch(self, kernel: str) -> tuple[Config, dict]:
-        config = choose(self.problem, kernel)
-        return config, launch_options(self.problem, self.options, config)
+        def all_arguments(do: Any, lse: Any, state: Any, delta: Any, dlse: Any, free: Any, *rest: Any) -> tuple:
+            x = Inputs(*rest[: len(self.x)])
+            common = (*inputs_view(x), rows_view(do))
+            known = Rows(view(lse), view(state), view(delta), view(dlse), row_gate_view(x))
+            logits, drop = logits_view(x, self.options, free), dropout_view(x, self.options)
+            return arguments(common, known, (logits, drop), *rest[len(self.x) :])
 
-    def dq(self, gate: bool, scale: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(dq, dgate, dscale), the latter two if asked for; dgate only of a gate on whole rows."""
-        x, (B, Hq, M, N) = self.x, self.x.sizes
-        entries = x.q.shape[0]
-        config, launch = self.launch("dq")
-        dq = by_sequence(x.q, fill=not B * N)
-        gate_sum = torch.zeros_like(self.lse) if gate else None
-        scale_sum = torch.zeros_like(self.lse[:entries]) if scale else None
-        if B * Hq * M * N:
-            dq_kernel[(triton.cdiv(M, config.BLOCK_M) * entries * Hq,)](
-                self.q, self.k, self.v, view(self.do), view(dq), view(gate_sum), view(scale_sum), self.known(config),
-                self.logits, self.drop, B // entries, Hq, M, N, **launch,
-            )  # fmt: skip
-        dgate = None if gate_sum is None else self.through_tanh(gate_sum[..., None])
-        # sums of rows are fp32; the sum of them is not, as terms of either sign cancel
-        dscale = None if scale_sum is None else scale_sum.sum(2, dtype=torch.float64).sum_to_size(x.scale.shape)  # type: ignore[union-attr]
-        return dq, dgate, dscale
+        self.launch(kernel, all_arguments, self.do, self.lse, state, delta, self.dlse, self.free, *self.x, *tensors)
 
-    def dkv(self) -> tuple[Tensor, Tensor]:
-        x, (B, Hq, M, N) = self.x, self.x.sizes
+    def gradients(self) -> Gradients:
+        """Those of q, k, v, scale and of a gate on whole rows: those that are wanted."""
+        by_queries = self.wanted.q or self.wanted.scale or (self.wanted.gate and not self.x.gate_varies)
+        by_keys = self.wanted.k or self.wanted.v
+        if by_queries and by_keys and self.launch.plan.backward_schedule == "short keys":
+            sums = self.query_sums(self.lse.shape[0])
+            return self.by_keys(sums)._replace(**self.summed(sums))
+        found = self.by_keys(None) if by_keys else Gradients()
+        return found._replace(**self.by_queries()) if by_queries else found
+
+    def by_queries(self) -> dict[str, Tensor | None]:
+        (B, Hq, M, N), config, entries = self.x.sizes, self.launch.plan.dq, self.x.q.shape[0]
+
+        def arguments(common: tuple, known: Rows, logits: tuple, *sums: Any) -> tuple:
+            programs = triton.cdiv(M, config.BLOCK_M) * entries * Hq
+            return programs, *common, sums_view(*sums), known, *logits, B // entries, Hq, M, N
+
+        sums = self.query_sums(entries)
+        self.run(dq_kernel, config, arguments, *sums[:3])
+        return self.summed(sums)
+
+    def by_keys(self, sums: QuerySums | None) -> Gradients:
+        """dk and dv and, where a tile holds all keys, `sums`."""
+        x, (B, Hq, M, N), config = self.x, self.x.sizes, self.launch.plan.dkv
         entries, Hk = x.k.shape[:2]
-        config, launch = self.launch("dkv")
-        dk, dv = (by_sequence(t, fill=not B * M) for t in (x.k, x.v))
-        if B * Hk * N * M:
-            dkv_kernel[(triton.cdiv(N, config.BLOCK_N) * entries * Hk,)](
-                self.q, self.k, self.v, view(self.do), view(dk), view(dv), self.known(config),
-                tile_ranges(x, self.options, self.free, config.BLOCK_M), self.logits, self.drop,
-                B // entries, Hq, M, N, **launch,
+
+        def arguments(
+            common: tuple, known: Rows, logits: tuple, dk: Any, dv: Any, lo: Any, hi: Any, *sums: Any
+        ) -> tuple:
+            return (
+                triton.cdiv(N, config.BLOCK_N) * config.splits * entries * Hk,
+                *common, rows_view(dk), rows_view(dv), sums_view(*sums), known, ranges_view(lo, hi, B, Hq), *logits,
+                B // entries, config.splits, Hq, M, N,
             )  # fmt: skip
-        return dk, dv
+
+        lo, hi = (None, None) if sums else tile_ranges(self.launch, x, self.options, self.free)
+        dk, dv = (by_sequence(t, config.splits) for t in (x.k, x.v))
+        self.run(dkv_kernel, config, arguments, dk, dv, lo, hi, *(sums or QuerySums())[:3])
+        return Gradients(k=self.folded(dk, x.k, "k"), v=self.folded(dv, x.v, "v"))
+
+    def query_sums(self, entries: int, splits: int = 1) -> QuerySums:
+        """Room for the sums over keys, with several splits for those of each; that for scale is over `entries` of q."""
+        (B, Hq, M), gate = self.lse.shape, self.wanted.gate and not self.x.gate_varies
+        return QuerySums(
+            by_sequence(self.x.q, splits * entries // self.x.q.shape[0]),
+            self.lse.new_empty(splits * B, Hq, M) if gate else None,
+            self.lse.new_empty(splits * entries, Hq, M) if self.wanted.scale else None,
+        )
+
+    def summed(self, sums: QuerySums) -> dict[str, Tensor | None]:
+        """dq, dgate and dscale; sums over rows are fp32, the sum of them is not, as terms of either sign cancel."""
+        x = self.x
+        found: dict[str, Tensor | None] = dict(q=self.folded(sums.dq, x.q, "q"))
+        if sums.gate is not None:
+            found["gate"] = self.through_tanh(sums.gate.unflatten(0, (-1, x.sizes[0])).double().sum(0)[..., None])
+        if sums.scale is not None and x.scale is not None:
+            found["scale"] = sums.scale.unflatten(0, (-1, x.scale.shape[0])).sum((0, 3), dtype=torch.float64)
+        return found
+
+    def folded(self, parts: Tensor, like: Tensor, name: str) -> Tensor:
+        """The gradient called `name`, of this tensor, from its partial sums."""
+        splits = parts.shape[0] // like.shape[0]
+        if splits == 1:
+            return parts
+
+        def arguments(parts: Tensor, whole: Tensor) -> tuple:
+            return triton.cdiv(whole.numel(), self.launch.plan.fold.BLOCK_M), parts, whole, whole.numel(), splits
+
+        whole = by_sequence(like)
+        self.launch(fold_kernel, arguments, parts, whole, label=name)
+        return whole
 
     def through_tanh(self, dt: Tensor) -> Tensor:
         """Gradient of the raw gate from that of its tanh, reduced to the gate's shape."""
@@ -206,3 +293,7 @@ class Backward:
 
     def dgate_by_channel(self) -> Tensor:
         return self.through_tanh(self.dy.float() * self.o)
+
+
+def sums_view(dq: Tensor | None, gate: Tensor | None, scale: Tensor | None) -> QuerySums:
+    return QuerySums(rows_view(dq), view(gate), view(scale))

@@ -10,8 +10,8 @@ from torch import Tensor
 from crossattn_kernels.kernels.backward import Backward
 from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, scores, touches
 from crossattn_kernels.kernels.softmax import down, load_row, softmax_grad
-from crossattn_kernels.kernels.tiles import at, dot, load_rows, program, wide
-from crossattn_kernels.kernels.views import view
+from crossattn_kernels.kernels.tiles import at, dot, load_rows, program
+from crossattn_kernels.kernels.views import Rows, constant, view
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, Hb
                     s = scores(qk, logits, scale, b, h, rows[:, None], keys[None, :], M, N)
                     _, ds = softmax_grad(s, dyv, row, drop, b, h, rows[:, None], keys[None, :], 1, C.ALONE)
                     acc += logit_grad(ds, logits, b, h, rows[:, None], M)
-    rows, keys = wide(m_first + tl.arange(0, C.BLOCK_M))[:, None], wide(n_first + tl.arange(0, C.BLOCK_N))[None, :]
+    rows, keys = m_first + tl.arange(0, C.BLOCK_M)[:, None], n_first + tl.arange(0, C.BLOCK_N)[None, :]
     # a dimension that is summed has one entry: every row (column) of acc becomes the sum, the first is stored
     if SUM_M:
         acc = tl.sum(acc, 0, keep_dims=True) + tl.zeros_like(acc)
@@ -61,16 +61,19 @@ def bias_grad(run: Backward) -> Tensor:
     assert bias is not None
     B, Hq, M, N = x.sizes
     Bb, Hb, Mb, Nb = bias.shape
-    if not B * Hq * M * N:
-        return torch.zeros_like(bias)
     dense = (Mb, Nb) == (M, N)
     batches, heads = (B // Bb, Hq // Hb) if dense else (1, 1)
     lead = (Bb, Hb) if dense else (B, Hq)
     dbias = torch.empty(*lead, Mb, Nb, dtype=bias.dtype if dense else torch.float32, device=bias.device)
-    config, launch = run.launch("bias_grad")
-    tiles = (triton.cdiv(M, config.BLOCK_M) if Mb == M else 1) * (triton.cdiv(N, config.BLOCK_N) if Nb == N else 1)
-    bias_grad_kernel[(tiles * lead[0] * lead[1],)](
-        run.q, run.k, run.v, view(run.do), view(dbias), run.known(config), run.logits, run.drop,
-        batches, heads, lead[1], Hq, M, N, SUM_M=Mb != M, SUM_N=Nb != N, **launch,
-    )  # fmt: skip
+    config = run.launch.plan.bias_grad
+
+    def arguments(common: tuple, known: Rows, logits: tuple, dbias: Tensor) -> tuple:
+        tiles = (triton.cdiv(M, config.BLOCK_M) if Mb == M else 1) * (triton.cdiv(N, config.BLOCK_N) if Nb == N else 1)
+        return (
+            tiles * lead[0] * lead[1],
+            *common, view(dbias), known, *logits,
+            batches, heads, lead[1], Hq, M, N, constant(Mb != M), constant(Nb != N),
+        )  # fmt: skip
+
+    run.run(bias_grad_kernel, config, arguments, dbias)
     return dbias.sum_to_size(bias.shape)

@@ -9,22 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crossattn_kernels.kernels.launch import Launcher
 from crossattn_kernels.kernels.scores import key_range, visible
 from crossattn_kernels.kernels.tiles import at, program, store_vec
 from crossattn_kernels.kernels.views import View, logits_view, view
 from crossattn_kernels.problem import Inputs, Options
-from crossattn_kernels.tuning import Config
 
 
 @triton.jit
-def free_kernel(free, mask, H, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def free_kernel(free, mask, H, M, N, C: tl.constexpr):
     """free = 1 where no key is visible, for one tile of queries."""
-    tile, b, h = program(tl.cdiv(M, BLOCK_M), H)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile, b, h = program(tl.cdiv(M, C.BLOCK_M), H)
+    rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
     lo, hi = key_range(mask, b, h, rows, M, N)
-    seen = tl.zeros([BLOCK_M], tl.int32)
-    for first in tl.range(lo, hi, BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
+    seen = tl.zeros([C.BLOCK_M], tl.int32)
+    for first in tl.range(lo, hi, C.BLOCK_N):
+        keys = first + tl.arange(0, C.BLOCK_N)
         tile_seen = visible(mask, b, h, rows[:, None], keys[None, :], M, N)
         seen = tl.maximum(seen, tl.max(tile_seen.to(tl.int32), 1))
     store_vec(free, b, h, rows, M, (1 - seen).to(tl.uint8))
@@ -38,10 +38,10 @@ class Ranges(NamedTuple):
 
 
 @triton.jit
-def tile_ranges_kernel(ranges, mask, H, M, N, BLOCK_M: tl.constexpr):
+def tile_ranges_kernel(ranges, mask, H, M, N, C: tl.constexpr):
     """The range of one tile of queries."""
-    tile, b, h = program(tl.cdiv(M, BLOCK_M), H)
-    lo, hi = key_range(mask, b, h, tile * BLOCK_M + tl.arange(0, BLOCK_M), M, N)
+    tile, b, h = program(tl.cdiv(M, C.BLOCK_M), H)
+    lo, hi = key_range(mask, b, h, tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M), M, N)
     tl.store(at(ranges.lo, (b, h, tile)), lo)
     tl.store(at(ranges.hi, (b, h, tile)), hi)
 
@@ -73,31 +73,40 @@ def overlaps(ranges, b, h, tile, keys, exists):
         return (lo <= tl.max(keys)) & (hi > tl.min(keys))
 
 
-def free_rows(x: Inputs, options: Options, config: Config) -> Tensor | None:
+def free_rows(launch: Launcher, x: Inputs, options: Options) -> Tensor | None:
     """uint8 (1|B, 1|Hq, M), 1 for rows that the mask leaves empty and `empty_rows` fills; None when it fills none."""
     if options.empty_rows == "zero" or options.mask(x).is_trivial():
         return None
     _, _, M, N = x.sizes
     free = x.q.new_empty(*options.mask(x).lead(), M, dtype=torch.uint8)
-    mask = logits_view(x, options, None).mask
     B, H = free.shape[:2]
+
+    def arguments(free: Tensor, *inputs: Tensor) -> tuple:
+        mask = logits_view(Inputs(*inputs), options, None).mask
+        return triton.cdiv(M, launch.plan.rows.BLOCK_M) * B * H, view(free), mask, H, M, N
+
     if free.numel():
-        free_kernel[(triton.cdiv(M, config.BLOCK_M) * B * H,)](
-            view(free), mask, H, M, N, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, enable_fp_fusion=True
-        )
+        launch(free_kernel, arguments, free, *x)
     return free
 
 
-def tile_ranges(x: Inputs, options: Options, free: Tensor | None, BLOCK_M: int) -> Ranges | None:
-    """Ranges of all query tiles; None when no field of the mask is a range."""
+def tile_ranges(
+    launch: Launcher, x: Inputs, options: Options, free: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """First and one past the last key of every tile of queries of dkv_kernel, if a field of the mask is a range."""
     if x.start is None and x.end is None:
-        return None
+        return None, None
     B, Hq, M, N = x.sizes
     b, h = options.mask(x).lead()
-    tiles = triton.cdiv(M, BLOCK_M)
+    tiles = triton.cdiv(M, launch.plan.dkv.BLOCK_M)
     lo, hi = torch.empty(2, b, h, tiles, dtype=torch.int32, device=x.q.device)
-    mask = logits_view(x, options, free).mask
-    tile_ranges_kernel[(tiles * b * h,)](
-        Ranges(view(lo), view(hi)), mask, h, M, N, BLOCK_M=BLOCK_M, enable_fp_fusion=True
-    )
-    return Ranges(view(lo, B, Hq, tiles), view(hi, B, Hq, tiles))
+
+    def arguments(lo: Tensor, hi: Tensor, free: Tensor | None, *inputs: Tensor) -> tuple:
+        return tiles * b * h, Ranges(view(lo), view(hi)), logits_view(Inputs(*inputs), options, free).mask, h, M, N
+
+    launch(tile_ranges_kernel, arguments, lo, hi, free, *x)
+    return lo, hi
+
+
+def ranges_view(lo: Tensor | None, hi: Tensor | None, B: int, Hq: int) -> Ranges | None:
+    return None if lo is None or hi is None else Ranges(view(lo, B, Hq, lo.shape[2]), view(hi, B, Hq, hi.shape[2]))

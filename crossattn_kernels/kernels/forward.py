@@ -1,6 +1,8 @@
-"""Forward: one program a tile of queries and head; keys are streamed past it."""
+"""Forward: a program streams keys past a tile of queries; where queries are few, several programs share the keys."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -8,62 +10,188 @@ import triton.language as tl
 from torch import Tensor
 
 from crossattn_kernels.kernels.bounds import free_rows
-from crossattn_kernels.kernels.scores import head_scale, key_range, scores, touches
-from crossattn_kernels.kernels.softmax import quarantine, softmax_finish, softmax_init, softmax_update, tanh
-from crossattn_kernels.kernels.tiles import dot, load_rows, load_vec, program, store_rows, store_vec
-from crossattn_kernels.kernels.views import dropout_view, launch_options, logits_view, row_gate_view, view
-from crossattn_kernels.problem import Inputs, Options, Problem
-from crossattn_kernels.tuning import choose
+from crossattn_kernels.kernels.launch import Launcher
+from crossattn_kernels.kernels.scores import head_scale, key_range, scores, sifts, touches, whole_range
+from crossattn_kernels.kernels.softmax import (
+    Softmax,
+    kept,
+    quarantine,
+    softmax_finish,
+    softmax_init,
+    softmax_merge,
+    softmax_step,
+    tanh,
+)
+from crossattn_kernels.kernels.tiles import (
+    at,
+    column,
+    descriptor,
+    dot,
+    key_tile,
+    load_rows,
+    load_vec,
+    packed_program,
+    program,
+    share,
+    store_rows,
+    store_vec,
+)
+from crossattn_kernels.kernels.views import (
+    Partial,
+    Result,
+    as_bytes,
+    dropout_view,
+    inputs_view,
+    logits_view,
+    row_gate_view,
+    rows_view,
+    view,
+)
+from crossattn_kernels.problem import Inputs, Options
 
 
 @triton.jit
-def forward_kernel(q, k, v, y, o, lse, high, inverse, row_gate, gate, logits, drop, Hq, M, N, C: tl.constexpr):
-    """y = tanh(gate) * softmax(s) v and lse for BLOCK_M queries of one (b, h)."""
-    tile, b, h = program(tl.cdiv(M, C.BLOCK_M), Hq)
-    rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
-    d, dv = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
-    scale = head_scale(logits, b, h)
+def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, C: tl.constexpr):
+    """y = tanh(gate) * softmax(s) v and lse for BLOCK_M queries of one (b, h), or of all heads of one key head.
+
+    With several splits a program takes its share of the keys, and stores its state for merge_kernel.
+    """
+    split, b, hk, h, rows = packed_program(splits, Hq, M, C)
+    d = tl.arange(0, C.BLOCK_D)
+    scale = head_scale(logits, b, column(h))
     q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
-    state = softmax_init(C.BLOCK_M, C.BLOCK_DV)
+    if C.TMA:
+        k = descriptor(k, b, hk, N, C.D, C.BLOCK_N, C.BLOCK_D)
+        v = descriptor(v, b, hk, N, C.DV, C.BLOCK_N, C.BLOCK_DV)
     lo, hi = key_range(logits.mask, b, h, rows, M, N)
-    for first in tl.range(lo // C.BLOCK_N * C.BLOCK_N, hi, C.BLOCK_N):
-        keys = first + tl.arange(0, C.BLOCK_N)
-        if touches(logits.mask, b, h, rows[:, None], keys[None, :], M, N):
-            k_tile = load_rows(k, b, h // C.GROUP, keys, d, N, C.D)  # (BLOCK_N, BLOCK_D)
-            v_tile = load_rows(v, b, h // C.GROUP, keys, dv, N, C.DV)  # (BLOCK_N, BLOCK_DV)
-            qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
-            s = scores(qk, logits, scale, b, h, rows[:, None], keys[None, :], M, N)
-            if C.HIDES:
-                s, v_tile = quarantine(s, v_tile)
-            state = softmax_update(state, s, v_tile, drop, b, h, rows, keys, C.TF32)
-    out, lse_rows, high_rows, inverse_rows = softmax_finish(state)
-    store_vec(lse, b, h, rows, M, lse_rows)
-    store_vec(high, b, h, rows, M, high_rows)
-    store_vec(inverse, b, h, rows, M, inverse_rows)
-    if row_gate is not None:
-        out *= tanh(load_vec(row_gate, b, h, rows, M, 0.0).to(tl.float32))[:, None]
-    if gate is not None:
-        store_rows(o, b, h, rows, dv, M, C.DV, out)
-        out *= tanh(load_rows(gate, b, h, rows, dv, M, C.DV).to(tl.float32))
-    store_rows(y, b, h, rows, dv, M, C.DV, out)
+    lo, hi = share(lo, hi, split, splits, C.BLOCK_N)
+    first, last = whole_range(logits, b, h, rows, lo, hi, M, N, C.BLOCK_N)
+    state = softmax_init(C.BLOCK_M, C.BLOCK_DV)
+    if not sifts(logits):
+        if first < last:
+            state = whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first, last, M, N, C)
+    before = (first - lo) // C.BLOCK_N  # the other tiles lie on both sides
+    for i in tl.range(0, before + tl.cdiv(hi - last, C.BLOCK_N), num_stages=C.EDGE_STAGES):
+        key = tl.where(i < before, lo, last - before * C.BLOCK_N) + i * C.BLOCK_N
+        if touches(logits.mask, b, column(h), rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :], M, N):
+            state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C)
+    if partial is None:
+        store_result(result, state, b, h, rows, M, C)
+    else:
+        at_split = split * B + b
+        store_vec(partial.m, at_split, h, rows, M, state.m)
+        store_vec(partial.l, at_split, h, rows, M, state.l)
+        store_rows(partial.acc, at_split, h, rows, tl.arange(0, C.BLOCK_DV), M, C.DV, state.acc)
+
+
+@triton.jit
+def whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first, last, M, N, C: tl.constexpr):
+    """Fold in keys first..last - 1, tiles that every query sees all of.
+
+    The product with v lags a tile behind, so that it overlaps the softmax of the next one.
+    """
+    heads, rows, cols = column(h), rows[:, None], tl.arange(0, C.BLOCK_N)[None, :]
+    m, l, acc = state.m, state.l, state.acc
+    qk = dot(q_tile, key_tile(k, b, hk, first, N, C.D, C.BLOCK_D, True, C).T, None, C.TF32)
+    s = scores(qk, logits, scale, b, heads, rows, first + cols, M, N, True)
+    m, l, p, alpha = softmax_step(m, l, s)
+    p = kept(p, drop, b, heads, rows, first + cols).to(q_tile.dtype)
+    for key in tl.range(first + C.BLOCK_N, last, C.BLOCK_N):
+        qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, True, C).T, None, C.TF32)
+        v_tile = key_tile(v, b, hk, key - C.BLOCK_N, N, C.DV, C.BLOCK_DV, True, C)
+        acc = dot(p, v_tile, acc * alpha[:, None], C.TF32)
+        s = scores(qk, logits, scale, b, heads, rows, key + cols, M, N, True)
+        m, l, p, alpha = softmax_step(m, l, s)
+        p = kept(p, drop, b, heads, rows, key + cols).to(q_tile.dtype)
+    v_tile = key_tile(v, b, hk, last - C.BLOCK_N, N, C.DV, C.BLOCK_DV, True, C)
+    return Softmax(m, l, dot(p, v_tile, acc * alpha[:, None], C.TF32))
+
+
+@triton.jit
+def any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C: tl.constexpr):
+    """Fold in one tile of keys, whatever is hidden in it."""
+    heads, rows, cols = column(h), rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :]
+    qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, False, C).T, None, C.TF32)
+    v_tile = key_tile(v, b, hk, key, N, C.DV, C.BLOCK_DV, False, C)  # (BLOCK_N, BLOCK_DV)
+    s = scores(qk, logits, scale, b, heads, rows, cols, M, N)  # (BLOCK_M, BLOCK_N)
+    if C.HIDES:
+        s, v_tile = quarantine(s, v_tile)
+    m, l, p, alpha = softmax_step(state.m, state.l, s)
+    p = kept(p, drop, b, heads, rows, cols).to(v_tile.dtype)
+    return Softmax(m, l, dot(p, v_tile, state.acc * alpha[:, None], C.TF32))
+
+
+@triton.jit
+def merge_kernel(partial, result, splits, B, Hq, M, C: tl.constexpr):
+    """The result for BLOCK_M queries of one (b, h) from the states of all splits, in their order."""
+    tile, b, h = program(tl.cdiv(M, C.BLOCK_M), Hq)
+    rows, dv = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_DV)
+    state = softmax_init(C.BLOCK_M, C.BLOCK_DV)
+    for split in tl.range(0, splits):
+        at_split = split * B + b
+        m = load_vec(partial.m, at_split, h, rows, M, float("-inf"))
+        l = load_vec(partial.l, at_split, h, rows, M, 0.0)
+        acc = load_rows(partial.acc, at_split, h, rows, dv, M, C.DV)
+        state = softmax_merge(state, Softmax(m, l, acc))
+    store_result(result, state, b, h, rows, M, C)
+
+
+@triton.jit
+def store_result(result, state, b, h, rows, M, C: tl.constexpr):
+    """Normalise, gate and store; o is the output without a gate that varies along Dv."""
+    out, lse, high, inverse = softmax_finish(state)
+    dv = tl.arange(0, C.BLOCK_DV)
+    store_vec(result.lse, b, h, rows, M, lse)
+    tl.store(at(result.state, (b, 0, h, rows)), high, mask=rows < M)
+    tl.store(at(result.state, (b, 1, h, rows)), inverse, mask=rows < M)
+    if result.row_gate is not None:
+        out *= tanh(load_vec(result.row_gate, b, h, rows, M, 0.0).to(tl.float32))[:, None]
+    if result.gate is not None:
+        store_rows(result.o, b, h, rows, dv, M, C.DV, out)
+        out *= tanh(load_rows(result.gate, b, h, rows, dv, M, C.DV).to(tl.float32))
+    store_rows(result.y, b, h, rows, dv, M, C.DV, out)
 
 
 def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, o, lse, state, free), as `ops.forward_op` documents; state is (high, inverse)."""
-    B, Hq, M, N = x.sizes
-    problem = Problem.of(x)
-    config = choose(problem, "forward")
-    y = x.q.new_empty(B, M, Hq, problem.Dv).transpose(1, 2)
-    o = torch.empty_like(y) if x.gate_varies else x.q.new_empty(0)
+    """(y, o, lse, state, free), as `ops.forward_op` documents."""
+    x = as_bytes(x)
+    (B, Hq, M, N), Dv = x.sizes, x.v.shape[3]
+    launch = Launcher.of(x, options)
+    y = x.q.new_empty(B, M, Hq, Dv).transpose(1, 2)
+    o = torch.empty_like(y) if x.gate_varies else None
     lse = x.q.new_empty(B, Hq, M, dtype=torch.float32)
     state = x.q.new_empty(B, 2, Hq, M, dtype=torch.float32)
-    free = free_rows(x, options, config)
-    if lse.numel():
-        row_gate, gate = (None, view(x.gate, *y.shape)) if x.gate_varies else (row_gate_view(x), None)
-        forward_kernel[(triton.cdiv(M, config.BLOCK_M) * B * Hq,)](
-            view(x.q, B, *x.q.shape[1:]), view(x.k, B, *x.k.shape[1:]), view(x.v, B, *x.v.shape[1:]),
-            view(y), view(o) if x.gate_varies else None, view(lse), view(state[:, 0]), view(state[:, 1]),
-            row_gate, gate, logits_view(x, options, free), dropout_view(x, options), Hq, M, N,
-            **launch_options(problem, options, config),
+    free = free_rows(launch, x, options)
+    splits, m, l, acc = launch.plan.forward.splits, None, None, None
+    if splits > 1:
+        m, l, acc = (
+            lse.new_empty(splits * B, Hq, M),
+            lse.new_empty(splits * B, Hq, M),
+            lse.new_empty(splits * B, Hq, M, Dv),
+        )
+
+    def result(x: Inputs, y: Tensor, o: Tensor | None, lse: Tensor, state: Tensor) -> Result:
+        gates = (None, view(x.gate, *y.shape)) if x.gate_varies else (row_gate_view(x), None)
+        return Result(rows_view(y), rows_view(o), view(lse), view(state), *gates)
+
+    def partial(m: Tensor | None, l: Tensor | None, acc: Tensor | None) -> Partial | None:
+        return None if m is None else Partial(view(m), view(l), rows_view(acc))
+
+    def stream(y: Any, o: Any, lse: Any, state: Any, m: Any, l: Any, acc: Any, free: Any, *inputs: Any) -> tuple:
+        x, parts = Inputs(*inputs), partial(m, l, acc)
+        return (
+            launch.query_tiles(launch.plan.forward) * splits, *inputs_view(x),
+            None if parts else result(x, y, o, lse, state), parts,
+            logits_view(x, options, free), dropout_view(x, options), splits, B, Hq, M, N,
         )  # fmt: skip
-    return y, o, lse, state, x.q.new_empty(0, dtype=torch.bool) if free is None else free.view(torch.bool)
+
+    def merge(y: Any, o: Any, lse: Any, state: Any, m: Any, l: Any, acc: Any, gate: Any) -> tuple:
+        tiles = triton.cdiv(M, launch.plan.merge.BLOCK_M) * B * Hq
+        return tiles, partial(m, l, acc), result(x._replace(gate=gate), y, o, lse, state), splits, B, Hq, M
+
+    if B * Hq * M:
+        launch(forward_kernel, stream, y, o, lse, state, m, l, acc, free, *x)
+        if splits > 1:
+            launch(merge_kernel, merge, y, o, lse, state, m, l, acc, x.gate)
+    bits = x.q.new_empty(0, dtype=torch.bool) if free is None else free.view(torch.bool)
+    return y, x.q.new_empty(0) if o is None else o, lse, state, bits

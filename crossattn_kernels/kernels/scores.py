@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from crossattn_kernels.kernels.softmax import tanh
-from crossattn_kernels.kernels.tiles import at, load_vec, wide
+from crossattn_kernels.kernels.tiles import at, load_vec
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(
@@ -27,16 +27,22 @@ def head_scale(logits, b, h):
 
 
 @triton.jit
-def scores(qk, logits, scale, b, h, rows, keys, M, N):
-    """Base-2 logits of the product qk; hidden entries are -inf."""
+def scores(qk, logits, scale, b, h, rows, keys, M, N, WHOLE: tl.constexpr = False):
+    """Base-2 logits of the product qk; hidden entries are -inf.  In a WHOLE tile every query sees every key."""
     if logits.softcap is None:
         s = qk * (scale * LOG2E)
     else:
         s = tanh(qk * (scale / logits.softcap)) * (logits.softcap * LOG2E)
+    return s if WHOLE else hide(s, logits, b, h, rows, keys, M, N)
+
+
+@triton.jit
+def hide(s, logits, b, h, rows, keys, M, N):
+    """Logits with their bias; -inf where the query does not see the key."""
     seen = keys < N
     if logits.bias is not None:
         exists = (rows < M) & (keys < N)
-        bias = tl.load(at(logits.bias, (b, h, wide(rows), wide(keys))), mask=exists, other=0.0).to(tl.float32)
+        bias = tl.load(at(logits.bias, (b, h, rows, keys)), mask=exists, other=0.0).to(tl.float32)
         s += tl.maximum(bias, LOWEST) * LOG2E
         seen &= bias != float("-inf")  # also where the product is NaN
     seen &= visible(logits.mask, b, h, rows, keys, M, N)
@@ -68,13 +74,13 @@ def visible(mask, b, h, rows, keys, M, N):
     """Which of these keys each query may see."""
     seen = keys < N
     if mask.start is not None:
-        seen = seen & (keys >= tl.load(at(mask.start, (b, h, wide(rows))), mask=rows < M, other=0))
+        seen = seen & (keys >= tl.load(at(mask.start, (b, h, rows)), mask=rows < M, other=0))
     if mask.end is not None:
-        seen = seen & (keys < tl.load(at(mask.end, (b, h, wide(rows))), mask=rows < M, other=0))
+        seen = seen & (keys < tl.load(at(mask.end, (b, h, rows)), mask=rows < M, other=0))
     if mask.keys is not None:
-        seen = seen & (tl.load(at(mask.keys, (b, wide(keys))), mask=keys < N, other=0) != 0)
+        seen = seen & (tl.load(at(mask.keys, (b, keys)), mask=keys < N, other=0) != 0)
     if mask.visible is not None:
-        group = at(mask.visible, (b, h, wide(rows // mask.query_group), wide(keys // mask.key_group)))
+        group = at(mask.visible, (b, h, rows // mask.query_group, keys // mask.key_group))
         seen = seen & (tl.load(group, mask=(rows < M) & (keys < N), other=0) != 0)
     if mask.free is not None:
         seen = seen | ((keys < N) & row_bit(mask.free, b, h, rows, M))
@@ -83,13 +89,13 @@ def visible(mask, b, h, rows, keys, M, N):
 
 @triton.jit
 def row_bit(x, b, h, rows, M):
-    return tl.load(at(x, (b, h, wide(rows))), mask=rows < M, other=0) != 0
+    return tl.load(at(x, (b, h, rows)), mask=rows < M, other=0) != 0
 
 
 @triton.jit
-def touches(mask, b, h, rows, keys, M, N):
-    """Whether any query of this tile sees any key of it; asked only where the ranges do not tell."""
-    if mask.visible is None:
+def touches(mask, b, h, rows, keys, M, N, SKIPS: tl.constexpr = True):
+    """Whether any query of this tile sees any key of it; not asked where ranges tell, or no tile is to be skipped."""
+    if (mask.visible is None) | (not SKIPS):
         return True
     else:
         return tl.max(visible(mask, b, h, rows, keys, M, N).to(tl.int32)) > 0
@@ -101,14 +107,46 @@ def key_range(mask, b, h, rows, M, N):
     if (mask.start is None) & (mask.end is None):
         return 0, N
     else:
-        start, end = tl.zeros_like(rows), tl.zeros_like(rows) + N
-        if mask.start is not None:
-            start = load_vec(mask.start, b, h, rows, M, 0)
-        if mask.end is not None:
-            end = tl.minimum(end, load_vec(mask.end, b, h, rows, M, 0))
-        some = (rows < M) & (start < end)
-        start, end = tl.where(some, start, N), tl.where(some, end, 0)
-        if mask.free is not None:
-            free = row_bit(mask.free, b, h, rows, M)
-            start, end = tl.where(free, 0, start), tl.where(free, N, end)
-        return tl.min(start), tl.max(end)
+        start, end = row_range(mask, b, h, rows, M, N)
+        return tl.min(tl.where(rows < M, start, N)), tl.max(tl.where(rows < M, end, 0))
+
+
+@triton.jit
+def whole_range(logits, b, h, rows, lo, hi, M, N, BLOCK_N: tl.constexpr):
+    """Part of [lo, hi), a multiple of BLOCK_N long, all of whose keys each of these queries sees; maybe empty, at hi.
+
+    lo is a multiple of BLOCK_N.
+    """
+    first, last = lo, hi
+    if sifts(logits):
+        last = lo
+    elif (logits.mask.start is not None) | (logits.mask.end is not None):
+        start, end = row_range(logits.mask, b, h, rows, M, N)
+        first = tl.maximum(lo, tl.cdiv(tl.max(tl.where(rows < M, start, 0)), BLOCK_N) * BLOCK_N)
+        last = tl.minimum(hi, tl.min(tl.where(rows < M, end, N)))
+    last = last // BLOCK_N * BLOCK_N
+    some = first < last
+    return tl.where(some, first, lo), tl.where(some, last, lo)
+
+
+@triton.jit
+def sifts(logits):
+    """Whether an entry inside the range of its query may be hidden or changed: a constant."""
+    mask = logits.mask
+    return (mask.keys is not None) | (mask.visible is not None) | (logits.bias is not None) | (mask.flat is not None)
+
+
+@triton.jit
+def row_range(mask, b, h, rows, M, N):
+    """[start, end) of every query of a tile; [N, 0) of one that sees nothing."""
+    start, end = tl.zeros_like(rows), tl.zeros_like(rows) + N
+    if mask.start is not None:
+        start = load_vec(mask.start, b, h, rows, M, 0)
+    if mask.end is not None:
+        end = tl.minimum(end, load_vec(mask.end, b, h, rows, M, 0))
+    some = start < end
+    start, end = tl.where(some, start, N), tl.where(some, end, 0)
+    if mask.free is not None:
+        free = row_bit(mask.free, b, h, rows, M)
+        start, end = tl.where(free, 0, start), tl.where(free, N, end)
+    return start, end

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from crossattn_kernels.kernels.tiles import dot, finite, load_vec
+from crossattn_kernels.kernels.tiles import at, finite, load_vec
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -27,15 +27,21 @@ def softmax_init(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
 
 
 @triton.jit
-def softmax_update(state, s, v, drop, b, h, rows, keys, TF32: tl.constexpr):
-    """Fold in one tile of logits s: (BLOCK_M, BLOCK_N) and values v: (BLOCK_N, BLOCK_DV)."""
-    m = tl.maximum(state.m, tl.max(s, 1))
-    pivot = safe(m)
-    alpha = tl.exp2(state.m - pivot)
+def softmax_step(m, l, s):
+    """(m, l, p, alpha) with one tile of logits s: (BLOCK_M, BLOCK_N) folded in; alpha scales what came before."""
+    high = tl.maximum(m, tl.max(s, 1))
+    pivot = safe(high)
+    alpha = tl.exp2(m - pivot)
     p = tl.exp2(s - pivot[:, None])
-    l = state.l * alpha + tl.sum(p, 1)
-    p = kept(p, drop, b, h, rows[:, None], keys[None, :])
-    return Softmax(m, l, dot(p.to(v.dtype), v, state.acc * alpha[:, None], TF32))
+    return high, l * alpha + tl.sum(p, 1), p, alpha
+
+
+@triton.jit
+def softmax_merge(a, b):
+    """The state of two disjoint sets of keys; two empty ones make an empty one."""
+    m = tl.maximum(a.m, b.m)
+    of_a, of_b = tl.exp2(a.m - safe(m)), tl.exp2(b.m - safe(m))
+    return Softmax(m, a.l * of_a + b.l * of_b, a.acc * of_a[:, None] + b.acc * of_b[:, None])
 
 
 @triton.jit
@@ -70,16 +76,21 @@ class Row(NamedTuple):
 @triton.jit
 def load_row(known, b, h, rows, M):
     """Row of (BLOCK_M,) blocks; queries past the end get p = 0."""
-    if known.high is None:
+    if known.state is None:
         pivot = load_vec(known.lse, b, h, rows, M, float("inf")) * LOG2E
         inverse = tl.zeros_like(pivot) + 1.0
     else:
-        pivot = load_vec(known.high, b, h, rows, M, float("inf"))
-        inverse = load_vec(known.inverse, b, h, rows, M, 0.0)
+        pivot = tl.load(at(known.state, (b, 0, h, rows)), mask=rows < M, other=float("inf"))
+        inverse = tl.load(at(known.state, (b, 1, h, rows)), mask=rows < M, other=0.0)
+    delta = tl.zeros_like(pivot)
+    if known.delta is not None:
+        delta = load_vec(known.delta, b, h, rows, M, 0.0)
+    elif known.dlse is not None:
+        delta -= load_vec(known.dlse, b, h, rows, M, 0.0)
     gate = tl.zeros_like(pivot) + 1.0
     if known.gate is not None:
         gate = tanh(load_vec(known.gate, b, h, rows, M, 0.0).to(tl.float32))
-    return Row(pivot, inverse, load_vec(known.delta, b, h, rows, M, 0.0), gate)
+    return Row(pivot, inverse, delta, gate)
 
 
 @triton.jit
@@ -135,3 +146,9 @@ def tanh(x):
     poly = poly * z - 3.33332819422e-1
     far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
     return tl.where(tl.abs(x) < 0.625, x + x * z * poly, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def weighed(a, b, AXIS: tl.constexpr):
+    """Sum of a * b along an axis, where an entry of 0 in a counts as 0 whatever b is."""
+    return tl.sum(tl.where(a == 0.0, 0.0, a * b), AXIS)

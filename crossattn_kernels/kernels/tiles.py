@@ -1,6 +1,6 @@
 """Memory: where a tile lies, and how it is loaded, stored and multiplied.
 
-Indices are int32; offsets are int64, because a row times its stride may pass 2^31.
+Indices are int32; offsets are int64, because a row times its stride may pass 2^31.  Inside a row they stay int32.
 """
 
 import triton
@@ -17,49 +17,100 @@ def program(tiles, heads):
 
 
 @triton.jit
+def packed_program(splits, Hq, M, C: tl.constexpr):
+    """(split, b, hk, h, rows) of this program: BLOCK_M queries of one query head or, with PACKED, of all those of hk.
+
+    Then h is a block, one head a row, and each query is there once for each of them.
+    """
+    index = tl.arange(0, C.BLOCK_M)
+    if C.PACKED:
+        tile, rest, hk = program(tl.cdiv(M * C.GROUP, C.BLOCK_M), Hq // C.GROUP)
+        index += tile * C.BLOCK_M
+        h, rows = hk * C.GROUP + index % C.GROUP, index // C.GROUP
+    else:
+        tile, rest, h = program(tl.cdiv(M, C.BLOCK_M), Hq)
+        hk, rows = h // C.GROUP, tile * C.BLOCK_M + index
+    return rest % splits, rest // splits, hk, h, rows
+
+
+@triton.jit
+def share(lo, hi, split, splits, BLOCK: tl.constexpr):
+    """The part of one split of [lo, hi), whole blocks from the block of lo on; maybe empty."""
+    lo = lo // BLOCK * BLOCK
+    step = tl.cdiv(tl.cdiv(hi - lo, BLOCK), splits) * BLOCK
+    first = tl.minimum(lo + split.to(tl.int32) * step, tl.cdiv(hi, BLOCK) * BLOCK)
+    return first, tl.maximum(first, tl.minimum(first + step, hi))
+
+
+@triton.jit
 def at(x, index):
     """Pointer to x[index]; entries are scalars or blocks that broadcast against each other."""
     p = x.ptr
     for axis in tl.static_range(len(x.strides)):
-        p += index[axis] * x.strides[axis]
+        p += tl.cast(index[axis], tl.int64) * x.strides[axis] * x.unit
+    if len(index) > len(x.strides):
+        p += index[len(x.strides)]
     return p
 
 
 @triton.jit
-def wide(index):
-    return index.to(tl.int64)
+def column(h):
+    """A head down a tile of rows: one a row where rows of several heads are packed, else the one of them all."""
+    return h if len(h.shape) == 0 else h[:, None]
 
 
 @triton.jit
-def inside(rows, cols, n, WIDTH: tl.constexpr):
-    """Which entries of a tile exist; columns are compared only where the head size was padded."""
-    ok = rows[:, None] < n
+def inside(rows, cols, n, WIDTH: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Which entries of a tile exist: all rows of a WHOLE tile; columns unless the head size was padded."""
+    ok = None
+    if not WHOLE:
+        ok = rows[:, None] < n
     if cols.shape[0] != WIDTH:
-        ok &= cols[None, :] < WIDTH
+        ok = cols[None, :] < WIDTH if WHOLE else ok & (cols[None, :] < WIDTH)
     return ok
 
 
 @triton.jit
-def load_rows(x, b, h, rows, cols, n, WIDTH: tl.constexpr):
+def descriptor(x, b, h, n, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A tensor descriptor of x[b, h], to be loaded by tiles (ROWS, COLS) of which no thread computes addresses."""
+    return tl.make_tensor_descriptor(at(x, (b, h, 0, 0)), [n, WIDTH], [x.strides[2] * x.unit, 1], [ROWS, COLS])
+
+
+@triton.jit
+def key_tile(x, b, h, first, n, WIDTH: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr):
+    """x[b, h, first : first + BLOCK_N], 0 outside: (BLOCK_N, COLS); with TMA, x is the descriptor of x[b, h].
+
+    All rows of a WHOLE tile exist.
+    """
+    if C.TMA:
+        return x.load([first, 0])
+    else:
+        return load_rows(x, b, h, first + tl.arange(0, C.BLOCK_N), tl.arange(0, COLS), n, WIDTH, WHOLE)
+
+
+@triton.jit
+def load_rows(x, b, h, rows, cols, n, WIDTH: tl.constexpr, WHOLE: tl.constexpr = False):
     """x[b, h, rows, cols], 0 outside: (rows, cols)."""
-    return tl.load(at(x, (b, h, wide(rows)[:, None], cols[None, :])), mask=inside(rows, cols, n, WIDTH), other=0.0)
+    where = at(x, (b, column(h), rows[:, None], cols[None, :]))
+    ok = inside(rows, cols, n, WIDTH, WHOLE)
+    return tl.load(where) if ok is None else tl.load(where, mask=ok, other=0.0)
 
 
 @triton.jit
 def store_rows(x, b, h, rows, cols, n, WIDTH: tl.constexpr, value):
     value = value.to(x.ptr.dtype.element_ty)
-    tl.store(at(x, (b, h, wide(rows)[:, None], cols[None, :])), value, mask=inside(rows, cols, n, WIDTH))
+    tl.store(at(x, (b, column(h), rows[:, None], cols[None, :])), value, mask=inside(rows, cols, n, WIDTH))
 
 
 @triton.jit
 def load_vec(x, b, h, rows, n, other):
     """x[b, h, rows], `other` outside: (rows,)."""
-    return tl.load(at(x, (b, h, wide(rows))), mask=rows < n, other=other)
+    return tl.load(at(x, (b, h, rows)), mask=rows < n, other=other)
 
 
 @triton.jit
 def store_vec(x, b, h, rows, n, value):
-    tl.store(at(x, (b, h, wide(rows))), value, mask=rows < n)
+    tl.store(at(x, (b, h, rows)), value, mask=rows < n)
 
 
 @triton.jit
@@ -72,6 +123,9 @@ def finite(x):
 @triton.jit
 def dot(a, b, acc, TF32: tl.constexpr):
     """a b + acc in fp32."""
-    if INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    if INTERPRETED:
+        # the interpreter would multiply the bit patterns of bf16, and NumPy sums fp32 in an order that depends on the
+        # shape of the tile, where a GPU takes one product after the other
+        exact = tl.dot(a.to(tl.float64), b.to(tl.float64), input_precision="ieee", out_dtype=tl.float64).to(tl.float32)
+        return exact if acc is None else acc + exact
     return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee", out_dtype=tl.float32)

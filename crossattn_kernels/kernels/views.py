@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,17 +11,30 @@ import triton.language as tl
 from torch import Tensor
 
 from crossattn_kernels import dropout
-from crossattn_kernels.problem import Inputs, Options, Problem
-from crossattn_kernels.tuning import Config, power_of_two
+from crossattn_kernels.problem import Inputs, Options
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+def constant(n: Any) -> Any:
+    """A number that the kernel is compiled for; the interpreter takes it as it is."""
+    return n if INTERPRETED.value else tl.constexpr(n)
+
+
+# Triton 3.6 forgets the constants in a tuple that comes after a None, unless a constant comes last
+LAST = constant(1)
+
+
 class View(NamedTuple):
-    """A strided tensor; a broadcast dimension has stride 0."""
+    """A strided tensor; a broadcast dimension has stride 0.
+
+    Strides are in units of `unit` elements: where all are multiples of 16 bytes, the compiler is told so and moves 16
+    bytes at a time.  Then the last dimension, of stride 1, has no entry.
+    """
 
     ptr: Any
     strides: tuple
+    unit: Any = constant(1)
 
 
 class MaskView(NamedTuple):
@@ -44,6 +58,7 @@ class Logits(NamedTuple):
     softcap: float | None
     bias: View | None  # (B, Hq, M, N)
     mask: MaskView
+    last: Any = LAST
 
 
 class Dropout(NamedTuple):
@@ -55,17 +70,39 @@ class Dropout(NamedTuple):
     first_key: int
 
 
-def constant(n: Any) -> Any:
-    """A number that the kernel is compiled for; the interpreter takes it as it is."""
-    return n if INTERPRETED.value else tl.constexpr(n)
-
-
 def view(t: Tensor | None, *shape: int) -> Any:
     """`t` broadcast to `shape` (as it is without one)."""
     if t is None:
         return None
-    t = t.view(torch.uint8) if t.dtype == torch.bool else t
-    return View(t, t.expand(shape).stride() if shape else t.stride())
+    return View(t, strides_of(t, shape or t.shape))
+
+
+def strides_of(t: Tensor, shape: Sequence[int]) -> tuple:
+    """Strides of `t` broadcast to `shape`; what Triton would make a constant of is one."""
+    return tuple(constant(1) if n == 1 else n for n in t.expand(*shape).stride())
+
+
+def rows_view(t: Tensor | None, *shape: int) -> Any:
+    """The same for a tensor whose rows lie together and are loaded by tiles."""
+    if t is None:
+        return None
+    *strides, last = t.expand(shape or t.shape).stride()
+    unit = 16 // t.element_size()
+    if last != 1 or any(n % unit for n in strides):
+        return view(t, *shape)
+    return View(t, tuple(constant(1) if n == unit else n // unit for n in strides), constant(unit))
+
+
+def as_bytes(x: Inputs) -> Inputs:
+    """The tensors as kernels take them: bits are bytes."""
+    bits = dict(keys=x.keys, visible=x.visible)
+    return x._replace(**{name: t.view(torch.uint8) for name, t in bits.items() if t is not None})
+
+
+def inputs_view(x: Inputs) -> tuple[View, View, View]:
+    """q, k and v with a batch of B each."""
+    B = x.sizes[0]
+    return tuple(rows_view(t, B, *t.shape[1:]) for t in (x.q, x.k, x.v))
 
 
 def logits_view(x: Inputs, options: Options, free: Tensor | None) -> Logits:
@@ -87,7 +124,9 @@ def logits_view(x: Inputs, options: Options, free: Tensor | None) -> Logits:
 
 def row_gate_view(x: Inputs) -> View | None:
     """A gate that is one number a row, as (B, Hq, M)."""
-    return None if x.gate is None or x.gate_varies else view(x.gate[..., 0], *x.sizes[:3])
+    if x.gate is None or x.gate_varies:
+        return None
+    return View(x.gate, strides_of(x.gate, (*x.sizes[:3], 1))[:3])
 
 
 def dropout_view(x: Inputs, options: Options) -> Dropout | None:
@@ -101,10 +140,40 @@ class Rows(NamedTuple):
     """What the backward knows of every query, each (B, Hq, M)."""
 
     lse: View
-    high: View | None  # base-2 maximum of the logits; without it p comes from lse, as for a chunk of a longer whole
-    inverse: View | None  # 1 / sum of 2^(s - high)
-    delta: View  # rowsum(o * do) - dlse, or -dlse for a kernel whose tile holds all keys
+    state: View | None  # (B, 2, Hq, M), as in Result; without it p comes from lse, as for a chunk of a longer whole
+    delta: View | None  # rowsum(o * do) - dlse; without it a tile holds all keys
+    dlse: View | None
     gate: View | None  # a gate that is one number a row
+    last: Any = LAST
+
+
+class Result(NamedTuple):
+    """What the forward writes, each (B, Hq, M, ...), and the gates it applies on the way."""
+
+    y: View
+    o: View | None
+    lse: View
+    state: View  # (B, 2, Hq, M): base-2 maximum of the logits, 1 / sum of 2^(s - maximum)
+    row_gate: View | None
+    gate: View | None  # one that varies along Dv
+    last: Any = LAST
+
+
+class Partial(NamedTuple):
+    """Softmax states of the splits, each (splits * B, Hq, M, ...), fp32."""
+
+    m: View
+    l: View
+    acc: View
+
+
+class QuerySums(NamedTuple):
+    """Sums over the keys, or over those of a split, for every query: (splits * B, Hq, M, ...)."""
+
+    dq: Any = None  # scale * ds k
+    gate: Any = None  # rowsum(p * dy vᵀ) = rowsum(dy * o)
+    scale: Any = None  # rowsum(ds * q kᵀ)
+    last: Any = LAST
 
 
 class Constants(NamedTuple):
@@ -120,25 +189,6 @@ class Constants(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     TF32: bool  # for fp32 products; otherwise IEEE
-
-
-def launch_options(problem: Problem, options: Options, config: Config) -> dict[str, Any]:
-    """The compile-time argument C of a kernel, and how it is launched."""
-    constants = Constants(
-        GROUP=problem.group,
-        HIDES=problem.masked or problem.biased,
-        ALONE=problem.N <= config.BLOCK_N and not options.chunk,
-        D=problem.D,
-        DV=problem.Dv,
-        BLOCK_D=max(16, power_of_two(problem.D)),
-        BLOCK_DV=max(16, power_of_two(problem.Dv)),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        TF32=torch.get_float32_matmul_precision() != "highest",
-    )
-    return dict(
-        C=Constants(*map(constant, constants)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
-    )
+    EDGE_STAGES: int  # of the load pipeline of the forward's loop over tiles that are not seen whole
+    PACKED: bool  # a tile of queries holds all query heads of a key head
+    TMA: bool  # tiles of keys are loaded through tensor descriptors

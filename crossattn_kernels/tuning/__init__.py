@@ -1,41 +1,99 @@
-"""Tile sizes and launch options: a plain function of the problem; nothing is timed in a call."""
+"""`plan(problem) -> Plan`: which schedules run and by which tiles; a pure function, nothing is timed in a call."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from crossattn_kernels.problem import Problem
+from crossattn_kernels.tuning import rules
+from crossattn_kernels.tuning.chips import CHIPS, Chip, assumed, chip_of
+from crossattn_kernels.tuning.rules import Config, power_of_two
+from crossattn_kernels.tuning.tables import lookup
+
+__all__ = ["CHIPS", "Chip", "Config", "Plan", "assumed", "chip_of", "force", "forced", "plan", "power_of_two"]
 
 
-class Config(NamedTuple):
-    """Queries and keys in a tile, warps of a program, stages of the load pipeline."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
+BACKWARD = ("short keys", "short queries", "two-pass")  # the first that can serve a call runs
 
 
-# by the padded head size; chosen by registers, spills and shared memory as compiled for sm_90, not yet by time
-HALF = {
-    "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-    "dq": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 4, 1)},
-    "dkv": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
-    "bias_grad": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-}
-FULL = {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
+class Plan(NamedTuple):
+    """What runs for one problem: two schedules, and how each kernel is launched if it is."""
+
+    forward_schedule: str  # "stream" or "split"
+    backward_schedule: str  # "short keys", "short queries" or "two-pass"
+    forward: Config
+    dq: Config
+    dkv: Config  # of "short keys" too, whose kernel writes dq besides
+    short_queries: Config
+    bias_grad: Config
+    merge: Config
+    rows: Config  # kernels that look at one row at a time
+    fold: Config  # BLOCK_M elements, whatever they are
+    reasons: tuple[tuple[str, str], ...] = ()  # schedules that do not run, and why
 
 
-def choose(problem: Problem, kernel: str) -> Config:
-    """The configuration of one kernel: "forward", "dq", "dkv" or "bias_grad"."""
-    size = max(64, power_of_two(max(problem.D, problem.Dv)))
-    config = FULL[size] if problem.dtype.itemsize == 4 else HALF[kernel][size]
-    return config._replace(
-        BLOCK_M=min(config.BLOCK_M, max(16, power_of_two(problem.M))),
-        BLOCK_N=min(config.BLOCK_N, max(16, power_of_two(problem.N))),
+_FORCED: list[tuple[tuple[str, Any], ...]] = [()]
+
+
+def plan(problem: Problem) -> Plan:
+    """The schedules and configurations of a call on the GPU of its tensors, or on the assumed one if they are on none.
+
+    Raises ValueError if a forced configuration does not fit that GPU.
+    """
+    return _plan(problem, chip_of(problem.device), _FORCED[-1])
+
+
+@contextmanager
+def force(**changes: Any) -> Iterator[None]:
+    """Within it, plans have these fields instead of their own: `backward_schedule="two-pass"`, `dq=Config(...)`."""
+    unknown = changes.keys() - set(Plan._fields)
+    if unknown:
+        raise ValueError(f"a plan has {', '.join(Plan._fields)}, not {', '.join(sorted(unknown))}")
+    _FORCED.append(tuple(changes.items()))
+    try:
+        yield
+    finally:
+        _FORCED.pop()
+
+
+def forced() -> tuple[tuple[str, Any], ...]:
+    """What is forced now."""
+    return _FORCED[-1]
+
+
+@lru_cache(maxsize=4096)
+def _plan(problem: Problem, chip: Chip, changes: tuple[tuple[str, Any], ...]) -> Plan:
+    fixed = dict(changes)
+    for field in ("forward", "dq", "dkv", "short_queries", "bias_grad"):
+        if field in fixed:
+            rules.check_fit(field, fixed[field], problem, chip)
+
+    def config(kernel: str) -> Config:
+        return lookup(chip, problem, kernel) or rules.tiles(kernel, problem, chip)
+
+    short_keys, short_queries = (
+        fixed.get(f) or config(k) for f, k in (("dkv", "short_keys"), ("short_queries", "short_queries"))
     )
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
+    reasons = rules.reasons(problem, short_keys.BLOCK_N, short_queries.BLOCK_M)
+    schedule = fixed.get("backward_schedule") or next(s for s in BACKWARD if s not in reasons)
+    if schedule in reasons:
+        raise ValueError(f"the schedule {schedule!r} cannot serve this call: {reasons[schedule]}")
+    forward = rules.split_keys(rules.fitted(config("forward"), problem), problem, chip)
+    return Plan(
+        "stream" if fixed.get("forward", forward).splits == 1 else "split",
+        schedule,
+        forward,
+        rules.fitted(config("dq"), problem),
+        rules.split_queries(
+            rules.fitted(short_keys if schedule == "short keys" else config("dkv"), problem), problem, chip
+        ),
+        rules.all_queries(short_queries, problem, chip),
+        rules.fitted(config("bias_grad"), problem),
+        merge=Config(16, 16, 4, 1),
+        rows=Config(64, 64, 4, 1),
+        fold=Config(1024, 16, 4, 1),
+        reasons=tuple(reasons.items()),
+    )._replace(**fixed)

@@ -1,0 +1,158 @@
+"""From a call to a running kernel: one decision a call signature, kept with the kernels that it compiled."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from crossattn_kernels.kernels.views import INTERPRETED, Constants, constant
+from crossattn_kernels.problem import Inputs, Options, Problem
+from crossattn_kernels.tuning import Config, forced, plan, power_of_two
+
+MOST = 4096  # signatures that are remembered
+LAUNCHERS: dict[tuple, Launcher] = {}
+
+# which field of the plan a kernel is launched by
+CONFIGS = {
+    "forward_kernel": "forward",
+    "merge_kernel": "merge",
+    "delta_kernel": "rows",
+    "free_kernel": "rows",
+    "tile_ranges_kernel": "dkv",
+    "dq_kernel": "dq",
+    "dkv_kernel": "dkv",
+    "short_queries_kernel": "short_queries",
+    "bias_grad_kernel": "bias_grad",
+    "fold_kernel": "fold",
+}
+
+
+class Launch(NamedTuple):
+    """What a launch needs besides the tensors, once its kernel is compiled."""
+
+    kernel: Any
+    programs: int
+    bind: Callable[[Sequence[Any]], tuple[Any, ...]]  # the kernel's arguments from the tensors
+    constants: Constants
+    by: Callable[..., Any]
+
+
+class Launcher:
+    """What one call signature runs: its plan, and its kernels once they are compiled.
+
+    Kernels are specialised for alignment, strides of 1 and absent arguments; all of these follow from the signature,
+    so that later calls launch what the first has compiled without looking at anything but their tensors.
+    """
+
+    @staticmethod
+    def of(x: Inputs, options: Options, others: Sequence[Any] = ()) -> Launcher:
+        """The launcher of this signature: tensors by dtype, shape, strides and alignment, whatever else by value."""
+        key = (options, forced(), torch.get_float32_matmul_precision(), *map(_signature, x), *map(_signature, others))
+        found = LAUNCHERS.get(key)
+        if found is None:
+            if len(LAUNCHERS) >= MOST:
+                LAUNCHERS.clear()
+            found = LAUNCHERS[key] = Launcher(Problem.of(x, options))
+        return found
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.plan = problem, plan(problem)
+        self.launches: dict[tuple[str, str], Launch] = {}
+
+    def __call__(self, kernel: Any, arguments: Callable[..., tuple[Any, ...]], *tensors: Any, label: str = "") -> None:
+        """Launch `kernel` on a one-dimensional grid.
+
+        arguments: from the tensors, the number of programs and all arguments of the kernel but the last, C; asked once
+            a signature, so it looks at shapes and strides only, and makes no tensor of its own.
+        label: tells two launches of one kernel in a call apart.
+        """
+        known = self.launches.get((kernel.__name__, label))
+        if known is not None:
+            known.by(known.kernel[known.programs, 1, 1], *known.bind(tensors), known.constants)
+            return
+        # a tensor that is there twice is only by chance
+        apart = [t.detach() if isinstance(t, Tensor) else t for t in tensors]
+        programs, *template = arguments(*apart)
+        bind = binder(template, apart)
+        config = getattr(self.plan, CONFIGS[kernel.__name__])
+        C, by = self.constants(config), _with_allocator if config.descriptors else _directly
+        options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+        args = bind(tensors) if INTERPRETED.value else arguments(*tensors)[1:]  # the compiler wants to know the fields
+        compiled = by(kernel[(programs,)], *args, C, **options)
+        if compiled is not None:  # the interpreter compiles nothing
+            self.launches[kernel.__name__, label] = Launch(compiled, programs, bind, C, by)
+
+    def query_tiles(self, config: Config) -> int:
+        """Tiles of queries, of all heads or of all key heads."""
+        B, Hq, Hk, M = self.problem[:4]
+        tile = config.BLOCK_M
+        return triton.cdiv(M * self.problem.group, tile) * B * Hk if config.packed else triton.cdiv(M, tile) * B * Hq
+
+    def constants(self, config: Config) -> Constants:
+        p = self.problem
+        values = Constants(
+            GROUP=p.group,
+            HIDES=p.masked or p.biased,
+            ALONE=p.N <= config.BLOCK_N and not p.chunk,
+            D=p.D,
+            DV=p.Dv,
+            BLOCK_D=max(16, power_of_two(p.D)),
+            BLOCK_DV=max(16, power_of_two(p.Dv)),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            TF32=torch.get_float32_matmul_precision() != "highest",
+            # a second pipeline for a tile or two would make ptxas serialise the products of the first
+            EDGE_STAGES=config.num_stages if p.sifts else 1,
+            PACKED=config.packed,
+            TMA=config.descriptors,
+        )
+        return Constants(*map(constant, values))
+
+
+def binder(template: Any, tensors: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that puts other tensors into the places of these in nested tuples: one expression, made once."""
+    names: dict[str, Any] = {}
+
+    def code(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"t[{next(i for i, t in enumerate(tensors) if t is value)}]"
+        name = f"c{len(names)}"
+        names[name] = value
+        if not isinstance(value, (tuple, list)) or not any(_holds_tensor(v) for v in value):
+            return name
+        parts = ", ".join(map(code, value))
+        if not hasattr(value, "_fields") or not INTERPRETED.value:
+            return f"({parts},)"  # a compiled kernel knows the fields already
+        names[name] = type(value)
+        return f"{name}({parts})"
+
+    return eval(f"lambda t: {code(template)}", names)
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or isinstance(value, tuple) and any(map(_holds_tensor, value))
+
+
+def _signature(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.dtype, value.shape, value.stride(), value.data_ptr() % 16 == 0, value.device
+
+
+def _directly(launch: Any, *args: Any, **options: Any) -> Any:
+    return launch(*args, **options)
+
+
+def _with_allocator(launch: Any, *args: Any, **options: Any) -> Any:
+    """Descriptors lie in memory that Triton asks for; the caller's own allocator is left as it is."""
+
+    def run() -> Any:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+        return launch(*args, **options)
+
+    return contextvars.copy_context().run(run)

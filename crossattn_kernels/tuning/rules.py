@@ -1,0 +1,151 @@
+"""Which schedule runs when, and tiles where no table knows better."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from crossattn_kernels.problem import Problem
+from crossattn_kernels.tuning.chips import Chip
+
+WAVES = 2  # programs a multiprocessor that a split aims at
+MOST_TRAFFIC = 0.2  # of what a kernel moves anyway, for partial results of forward splits
+
+
+class Config(NamedTuple):
+    """How one kernel is launched."""
+
+    BLOCK_M: int  # queries in a tile
+    BLOCK_N: int  # keys in a tile
+    num_warps: int
+    num_stages: int  # of the load pipeline
+    splits: int = 1  # programs that share one tile's loop; their partial results are summed in order
+    packed: bool = False  # a tile of queries holds all query heads of a key head
+    descriptors: bool = False  # tiles of keys are loaded through tensor descriptors (TMA)
+
+
+# by kernel and padded head size: registers and spills as compiled for sm_90 decide, not yet time
+HALF = {
+    "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    "dq": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
+    "dkv": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+    "short_keys": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(16, 64, 8, 1)},
+    "short_queries": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+    "bias_grad": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
+}
+FULL = {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def head_size(problem: Problem) -> int:
+    """The padded head size that registers and shared memory depend on: 64, 128 or 256."""
+    return max(64, power_of_two(max(problem.D, problem.Dv)))
+
+
+def tiles(kernel: str, problem: Problem, chip: Chip) -> Config:
+    """The rule where a table is silent: what fits sm_90, with fewer stages and keys where that does not fit."""
+    config = FULL[head_size(problem)] if problem.dtype.itemsize == 4 else HALF[kernel][head_size(problem)]
+    while shared_bytes(kernel, config, problem) > chip.shared and (config.num_stages > 1 or config.BLOCK_N > 16):
+        stages = config.num_stages - 1
+        config = config._replace(num_stages=stages) if stages else config._replace(BLOCK_N=config.BLOCK_N // 2)
+    return config
+
+
+def fitted(config: Config, problem: Problem) -> Config:
+    """Tiles no larger than the problem."""
+    return config._replace(
+        BLOCK_M=min(config.BLOCK_M, max(16, power_of_two(problem.M))),
+        BLOCK_N=min(config.BLOCK_N, max(16, power_of_two(problem.N))),
+    )
+
+
+# ---- schedules ----
+
+
+def reasons(problem: Problem, keys: int, queries: int) -> dict[str, str]:
+    """Schedules of the backward that cannot serve a problem, each with why; keys and queries are those in a tile."""
+    p, found = problem, {}
+    if p.N > keys:
+        found["short keys"] = f"N = {p.N} keys do not fit one tile of {keys}"
+    elif p.shares_q:
+        found["short keys"] = "one batch entry of q serves all, and its gradient is a sum over them"
+    if p.M * p.group > queries:
+        found["short queries"] = f"M x GROUP = {p.M * p.group} queries do not fit one tile of {queries}"
+    elif p.shares_k:
+        found["short queries"] = "one batch entry of k and v serves all, and their gradients are sums over them"
+    return found
+
+
+def shares(programs: int, tiles: int, chip: Chip, least: int) -> int:
+    """Programs that share each loop over `tiles` so that all multiprocessors have work; each has `least` or more."""
+    wanted = -(-WAVES * chip.multiprocessors // max(1, programs)) if programs < chip.multiprocessors else 1
+    return max(1, min(wanted, tiles // least))
+
+
+def split_keys(config: Config, problem: Problem, chip: Chip) -> Config:
+    """The forward, split over keys where tiles of queries are few; heads are packed where they do not fill a tile."""
+    p = problem
+    if p.group > 1 and p.M < config.BLOCK_M // 2:
+        config = config._replace(packed=True, BLOCK_M=min(config.BLOCK_M, max(16, power_of_two(p.M * p.group))))
+    rows, heads = (p.M * p.group, p.Hk) if config.packed else (p.M, p.Hq)
+    programs = -(-rows // config.BLOCK_M) * p.B * heads
+    wanted = shares(programs, -(-p.N // config.BLOCK_N), chip, least=2)
+    moved = p.B * p.Hk * p.N * (p.D + p.Dv) * p.dtype.itemsize
+    partial = 2 * 4 * p.B * p.Hq * p.M * (p.Dv + 2)
+    most = max(1, int(MOST_TRAFFIC * moved / max(1, partial)))
+    return config._replace(splits=min(wanted, most))
+
+
+def split_queries(config: Config, problem: Problem, chip: Chip) -> Config:
+    """The kernel of dk and dv, split over queries where tiles of keys are few."""
+    p = problem
+    programs = -(-p.N // config.BLOCK_N) * p.Hk * (1 if p.shares_k else p.B)
+    return config._replace(splits=shares(programs, -(-p.M // config.BLOCK_M), chip, least=4))
+
+
+def all_queries(config: Config, problem: Problem, chip: Chip) -> Config:
+    """One tile of the queries of all heads of a key head; keys are split."""
+    p = problem
+    rows = min(config.BLOCK_M, max(16, power_of_two(p.M * p.group)))
+    splits = shares(p.B * p.Hk, -(-p.N // config.BLOCK_N), chip, least=4)
+    return fitted(config, problem)._replace(BLOCK_M=rows, packed=p.group > 1, splits=splits)
+
+
+# ---- what a chip has room for ----
+
+
+def shared_bytes(kernel: str, config: Config, problem: Problem) -> int:
+    """Shared memory of one program, at most: what stays, the stages of what streams, and a tile of logits or two."""
+    D, Dv = (max(16, power_of_two(n)) for n in (problem.D, problem.Dv))
+    of_query, of_key = config.BLOCK_M * (D + Dv), config.BLOCK_N * (D + Dv)
+    stays = {"forward": config.BLOCK_M * D, "dq": of_query, "bias_grad": 0, "short_queries": of_query}.get(
+        kernel, of_key
+    )
+    streams = of_query if kernel in ("dkv", "short_keys") else of_query + of_key if kernel == "bias_grad" else of_key
+    logits = (1 if kernel == "forward" else 2) * config.BLOCK_M * config.BLOCK_N
+    return problem.dtype.itemsize * (stays + config.num_stages * streams + logits)
+
+
+def accumulators(kernel: str, config: Config, problem: Problem) -> int:
+    """Registers a thread that hold sums over the whole loop."""
+    D, Dv = (max(16, power_of_two(n)) for n in (problem.D, problem.Dv))
+    sizes = dict(forward=config.BLOCK_M * Dv, dq=config.BLOCK_M * D, short_queries=config.BLOCK_M * D)
+    sizes["bias_grad"] = config.BLOCK_M * config.BLOCK_N
+    return sizes.get(kernel, config.BLOCK_N * (D + Dv)) // (32 * config.num_warps)
+
+
+def check_fit(kernel: str, config: Config, problem: Problem, chip: Chip) -> None:
+    """ValueError unless a forced configuration can run."""
+    shared, registers = shared_bytes(kernel, config, problem), accumulators(kernel, config, problem)
+    if shared > chip.shared:
+        raise ValueError(
+            f"the forced {kernel} {config} needs {shared} bytes of shared memory, "
+            f"a program on {chip.arch} has {chip.shared}"
+        )
+    if registers > 255:
+        raise ValueError(
+            f"the forced {kernel} {config} needs {registers} registers for its sums, a thread on {chip.arch} has 255"
+        )

@@ -1,0 +1,127 @@
+"""Every schedule gives what the general one gives: the battery with each forced, tiles small and splits uneven."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from crossattn_kernels import cross_attention, explain, tuning
+from crossattn_kernels.testing import FEATURES, PLAIN, assert_within_budget, check, compare, draw, run
+from crossattn_kernels.tuning import Config
+
+TILE = Config(16, 16, 4, 1)
+SCHEDULES = {
+    # keys split in three for the forward, and for the backward with all queries of the group on chip
+    "short queries": dict(
+        forward=TILE._replace(splits=3, packed=True),
+        backward_schedule="short queries",
+        short_queries=Config(128, 16, 4, 1, splits=3, packed=True),
+    ),
+    # keys on chip, queries split in two
+    "short keys": dict(
+        forward=TILE._replace(splits=2), backward_schedule="short keys", dkv=Config(16, 64, 4, 1, splits=2)
+    ),
+    # heads packed, keys not split; queries of dk and dv split in three
+    "two-pass": dict(forward=TILE._replace(packed=True), backward_schedule="two-pass", dkv=TILE._replace(splits=3)),
+    "descriptors": dict(forward=TILE._replace(descriptors=True), backward_schedule="two-pass"),
+}
+REFUSES = {"short keys": "one batch entry of q", "short queries": "one batch entry of k and v"}
+# one of each kind; what only changes the layout or a constant is the battery's
+NAMES = [
+    "plain", "mask ranges", "mask head ranges", "mask packed", "mask padding", "mask head dense", "mask tiles",
+    "mask blocks", "mask nothing", "mask all fields", "uniform ranges", "uniform all fields", "attend_all ranges",
+    "attend_all every second", "bias (1, 1, 1, 1)", "bias (0, 0, 1, 1)", "bias (0, 1, 0, 1)", "gate scalar",
+    "gate head", "gate channel", "gate head at 0", "scale head", "softcap", "dropout", "layout sliced", "share q",
+    "share kv", "share q, gate, scale", "everything", "everything by channel",
+]  # fmt: skip
+CASES = [c for c in FEATURES if c.name in NAMES]
+
+
+def refused(name, case):
+    if name == "short keys":
+        return (case.share or "").startswith("q")
+    return name == "short queries" and (case.share or "").startswith("kv")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_within_budget(name, case):
+    with tuning.force(**SCHEDULES[name]):
+        if refused(name, case):
+            with pytest.raises(ValueError, match=REFUSES[name]):
+                check(case, "triton")
+        else:
+            assert_within_budget(check(case, "triton"), f"{name}, {case}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_within_budget_in_half_precision(name, dtype):
+    for case in ("plain", "everything"):
+        case = replace(next(c for c in FEATURES if c.name == case), dtype=dtype)
+        with tuning.force(**SCHEDULES[name]):
+            assert_within_budget(check(case, "triton"), f"{name}, {case}")
+
+
+def test_names_exist():
+    assert len(CASES) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("M, N", [(1, 53), (37, 1), (1, 1), (3, 50), (37, 16), (33, 17)])
+def test_odd_sizes(name, M, N):
+    """Tiles that are full, one too many, or hold one row; more splits than tiles."""
+    with tuning.force(**SCHEDULES[name]):
+        assert_within_budget(check(replace(PLAIN, M=M, N=N, B=1, D=16, mask="ranges"), "triton"), f"{name} {M} {N}")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_two_runs_are_bitwise_equal(name):
+    call = draw(replace(next(c for c in FEATURES if c.name == "everything"), M=19, N=37, D=16))
+    with tuning.force(**SCHEDULES[name]):
+        first, second = run(call, "triton"), run(call, "triton")
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.parametrize("name", ["short keys", "short queries"])
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qv", "gate"])
+def test_some_gradients_only(name, wanted):
+    """What is not asked for is not computed, and the rest is right without it."""
+    call = draw(replace(PLAIN, gate="head", M=9, N=21, D=16, B=1))
+    names = ["gate"] if wanted == "gate" else list(wanted)
+
+    def gradients(backend, dtype=torch.float32):
+        leaves = {n: t.to(dtype).requires_grad_(n in names) for n, t in call.tensors.items()}
+        y = cross_attention(**leaves, backend=backend)
+        return dict(zip(names, torch.autograd.grad(y, [leaves[n] for n in names], call.dy.to(dtype))))
+
+    with tuning.force(**SCHEDULES[name]):
+        ours = gradients("triton")
+    assert_within_budget(compare(ours, gradients("reference", torch.float64), gradients("reference")), wanted)
+
+
+def test_a_schedule_that_cannot_serve_says_so():
+    q, k = torch.zeros(2, 4, 300, 16), torch.zeros(2, 2, 300, 16)
+    with tuning.force(backward_schedule="short keys"):
+        with pytest.raises(ValueError, match="'short keys' cannot serve this call: N = 300 keys do not fit one tile"):
+            cross_attention(q, k, k, backend="triton")
+    said = str(explain(q, k, k, backend="triton"))
+    assert "not short keys: N = 300 keys" in said and "not short queries: M x GROUP = 600 queries" in said
+
+
+@pytest.mark.parametrize(
+    ("field", "config", "says"),
+    [
+        ("forward", Config(256, 256, 8, 4), r"needs \d+ bytes of shared memory, a program on sm_90 has 232448"),
+        ("dkv", Config(16, 128, 1, 1), r"needs 1024 registers for its sums, a thread on sm_90 has 255"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(field, config, says):
+    q = torch.zeros(1, 1, 300, 128, dtype=torch.bfloat16)
+    with tuning.force(**{field: config}), pytest.raises(ValueError, match=says):
+        cross_attention(q, q, q, backend="triton")
+
+
+def test_only_fields_of_a_plan_can_be_forced():
+    with pytest.raises(ValueError, match="a plan has .*, not speed"), tuning.force(speed=9):
+        pass
