@@ -56,12 +56,21 @@ MODELS = [
     Case("Mask2Former", 2, 8, 8, 100, 4096, 32, mask="head dense", empty_rows="attend_all", source="Mask2Former"),
     Case("GroundingDINO", 1, 4, 4, 4000, 200, 256, mask="padding", source="image to text"),
 ]  # fmt: skip
+# each schedule with tiles that are full, and every configuration of the tables: by head size and what a call asks for
+EVERYTHING = next(c for c in FEATURES if c.name == "everything")
+SCHEDULES = [
+    replace(kind, name=f"{M} x {N}, D {D}, {name}", M=M, N=N, D=D, Hq=8, Hk=4)
+    for name, kind in dict(plain=REAL, ranges=replace(REAL, mask="ranges"), everything=EVERYTHING).items()
+    for D in (64, 128, 256)
+    for M, N in ((600, 600), (700, 128), (700, 32), (32, 700), (1, 4096))
+]
 
 
 def cases() -> list[Case]:
     small = with_dtypes(FEATURES, torch.float32, *HALF)
     sizes = with_dtypes(SIZES, torch.float32, *HALF)
-    return small + sizes + with_dtypes(MODELS, *HALF) + with_dtypes(MODELS[:1] + MODELS[4:5], torch.float32)
+    models = with_dtypes(MODELS, *HALF) + with_dtypes(MODELS[:1] + MODELS[4:5], torch.float32)
+    return small + sizes + models + with_dtypes(SCHEDULES, torch.float32, torch.bfloat16)
 
 
 def bitwise() -> list[Row]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from crossattn_kernels import tuning
 from crossattn_kernels.problem import Problem
 from crossattn_kernels.testing import Row, draw
-from crossattn_kernels.tuning import choose
 
 SPEC = importlib.util.spec_from_file_location("gpu_script", Path(__file__).with_name("gpu.py"))
 gpu = importlib.util.module_from_spec(SPEC)
@@ -64,18 +64,40 @@ def test_without_a_gpu(monkeypatch, capsys):
     assert gpu.main() == 2 and "needs an NVIDIA GPU" in capsys.readouterr().out
 
 
+def problem_of(case):
+    """What `plan` looks at, without drawing the inputs."""
+    c, by_range = (
+        case,
+        (None, "lengths", "ranges", "head ranges", "packed", "media", "previous media", "causal", "window"),
+    )
+    asked = (c.bias, c.gate, c.softcap, c.dropout_p or None, c.scale if isinstance(c.scale, str) else None)
+    return Problem(
+        c.B, c.Hq, c.Hk, c.M, c.N, c.D, c.Dv or c.D, c.dtype, torch.device("meta"), masked=c.mask is not None,
+        plain=c.mask in by_range and c.empty_rows == "zero" and all(a is None for a in asked),
+        shares_q=(c.share or "").startswith("q"), shares_k=(c.share or "").startswith("kv"),
+    )  # fmt: skip
+
+
+def configurations(problem):
+    """(kernel, tiles, warps, stages) of all kernels that a call launches, without the number of splits."""
+    plan = tuning.plan(problem)
+    kernels = {"short keys": ["dkv"], "short queries": ["short_queries"], "two-pass": ["dq", "dkv"]}[
+        plan.backward_schedule
+    ]
+    return {(problem.dtype.itemsize, plan.backward_schedule, k, getattr(plan, k)[:4]) for k in (*kernels, "forward")}
+
+
 def test_every_configuration_is_among_the_cases():
-    """Each (dtype, padded head size) of the tables meets a case that is large enough to use it whole."""
+    """Each schedule, dtype and padded head size, plain and not, at the sizes that use its tiles whole."""
     seen = set()
     for case in gpu.cases():
-        sizes = (case.B, case.Hq, case.Hk, case.M, case.N, case.D, case.Dv or case.D)
-        problem = Problem(*sizes, case.dtype, torch.device("cuda"))
-        seen |= {(case.dtype.itemsize, kernel, choose(problem, kernel)) for kernel in ("forward", "dq", "dkv")}
+        seen |= configurations(problem_of(case))
     for dtype in (torch.float32, torch.bfloat16):
         for D in (64, 128, 256):
-            problem = Problem(2, 8, 4, 4096, 4096, D, D, dtype, torch.device("cuda"))
-            for kernel in ("forward", "dq", "dkv"):
-                assert (dtype.itemsize, kernel, choose(problem, kernel)) in seen, (dtype, D, kernel)
+            for M, N in ((4096, 4096), (4096, 128), (4096, 32), (32, 4096), (1, 4096)):
+                for kind in (dict(), dict(masked=True), dict(masked=True, plain=False)):
+                    problem = Problem(2, 8, 4, M, N, D, D, dtype, torch.device("meta"), **kind)
+                    assert configurations(problem) <= seen, (dtype, D, M, N, kind)
 
 
 def test_cases_can_be_drawn():
