@@ -6,7 +6,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench bench-gpu gpu clean
+.PHONY: help demo test test-tritons lint format bench bench-gpu gpu clean
 
 help: ## list the commands
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,10 @@ demo: $(VENV)/.demo ## set up, then check parity and train the captioning demo; 
 
 test: $(VENV)/.test ## set up, then run the tests; ARGS="-k masks"
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-tritons: $(VENV)/triton-3.6.0 $(VENV)/triton-3.9.0 ## the kernels with torch 2.11's Triton and with the newest
+	PYTHONPATH=$(VENV)/triton-3.6.0 $(PY) -m pytest -n 2 tests/test_compile.py
+	PYTHONPATH=$(VENV)/triton-3.9.0 $(PY) -m pytest -n 2 --dist worksteal $(addprefix tests/test_,compile.py kernels.py schedules.py)
 
 lint: $(VENV)/.test ## ruff and mypy, as in CI
 	$(PY) -m ruff check
@@ -47,3 +51,8 @@ $(VENV)/bin/pip:
 $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[triton,$*]'
 	@touch $@
+
+# other versions lie beside the environment, where PYTHONPATH finds them first
+$(VENV)/triton-%: | $(VENV)/.test
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$*
+	@mv $@.part $@
