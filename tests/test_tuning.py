@@ -135,3 +135,12 @@ def test_tiles_are_powers_of_two_and_no_larger_than_the_problem(dtype, D, M, N):
         queries = M * 2 if config.packed else M
         for block, n in ((config.BLOCK_M, queries), (config.BLOCK_N, N)):
             assert 16 <= block == tuning.power_of_two(block) and (block == 16 or block < 2 * n)
+
+
+def test_descriptors_only_where_chip_and_strides_allow():
+    wish = tuning.force(forward=Config(128, 64, 8, 2, descriptors=True))
+    with wish:
+        assert tuning.plan(problem(2, 8, 8, 4096, 4096, 64)).forward.descriptors
+        assert not tuning.plan(problem(2, 8, 8, 4096, 4096, 64, aligned=False)).forward.descriptors
+        with tuning.assumed("sm_80"):
+            assert not tuning.plan(problem(2, 8, 8, 4096, 4096, 64)).forward.descriptors

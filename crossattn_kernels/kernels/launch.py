@@ -93,6 +93,13 @@ class Launcher:
         tile = config.BLOCK_M
         return triton.cdiv(M * self.problem.group, tile) * B * Hk if config.packed else triton.cdiv(M, tile) * B * Hq
 
+    def edge_stages(self, config: Config) -> int:
+        """A second pipeline for a tile or two would make ptxas serialise the products of the first."""
+        p = self.problem
+        if p.sifts:
+            return config.num_stages
+        return 1 if p.masked or p.N % config.BLOCK_N else 0
+
     def constants(self, config: Config) -> Constants:
         p = self.problem
         values = Constants(
@@ -106,8 +113,7 @@ class Launcher:
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
             TF32=torch.get_float32_matmul_precision() != "highest",
-            # a second pipeline for a tile or two would make ptxas serialise the products of the first
-            EDGE_STAGES=config.num_stages if p.sifts else 1,
+            EDGE_STAGES=self.edge_stages(config),
             PACKED=config.packed,
             TMA=config.descriptors,
         )

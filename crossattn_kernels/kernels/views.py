@@ -189,6 +189,6 @@ class Constants(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     TF32: bool  # for fp32 products; otherwise IEEE
-    EDGE_STAGES: int  # of the load pipeline of the forward's loop over tiles that are not seen whole
+    EDGE_STAGES: int  # of the load pipeline of the forward's loop over tiles not seen whole; 0 where there are none
     PACKED: bool  # a tile of queries holds all query heads of a key head
     TMA: bool  # tiles of keys are loaded through tensor descriptors

@@ -82,7 +82,7 @@ def _plan(problem: Problem, chip: Chip, changes: tuple[tuple[str, Any], ...]) ->
     if schedule in reasons:
         raise ValueError(f"the schedule {schedule!r} cannot serve this call: {reasons[schedule]}")
     forward = rules.split_keys(rules.fitted(config("forward"), problem), problem, chip)
-    return Plan(
+    made = Plan(
         "stream" if fixed.get("forward", forward).splits == 1 else "split",
         schedule,
         forward,
@@ -97,3 +97,5 @@ def _plan(problem: Problem, chip: Chip, changes: tuple[tuple[str, Any], ...]) ->
         fold=Config(1024, 16, 4, 1),
         reasons=tuple(reasons.items()),
     )._replace(**fixed)
+    descriptors = made.forward.descriptors and problem.aligned and chip.descriptors
+    return made._replace(forward=made.forward._replace(descriptors=descriptors))

@@ -20,7 +20,7 @@ class Config(NamedTuple):
     num_stages: int  # of the load pipeline
     splits: int = 1  # programs that share one tile's loop; their partial results are summed in order
     packed: bool = False  # a tile of queries holds all query heads of a key head
-    descriptors: bool = False  # tiles of keys are loaded through tensor descriptors (TMA)
+    descriptors: bool = False  # tiles of keys are loaded through tensor descriptors (TMA) where chip and strides allow
 
 
 # by kernel and padded head size: registers and spills as compiled for sm_90 decide, not yet time
