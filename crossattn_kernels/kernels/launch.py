@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossattn_kernels.kernels.views import INTERPRETED, Constants, constant
 from crossattn_kernels.problem import Inputs, Options, Problem
-from crossattn_kernels.tuning import Config, forced, plan, power_of_two
+from crossattn_kernels.tuning import Config, circumstances, plan, power_of_two
 
 MOST = 4096  # signatures that are remembered
 LAUNCHERS: dict[tuple, Launcher] = {}
@@ -52,7 +52,13 @@ class Launcher:
     @staticmethod
     def of(x: Inputs, options: Options, others: Sequence[Any] = ()) -> Launcher:
         """The launcher of this signature: tensors by dtype, shape, strides and alignment, whatever else by value."""
-        key = (options, forced(), torch.get_float32_matmul_precision(), *map(_signature, x), *map(_signature, others))
+        key = (
+            options,
+            circumstances(),
+            torch.get_float32_matmul_precision(),
+            *map(_signature, x),
+            *map(_signature, others),
+        )
         found = LAUNCHERS.get(key)
         if found is None:
             if len(LAUNCHERS) >= MOST:

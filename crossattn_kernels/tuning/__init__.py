@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from crossattn_kernels.problem import Problem
 from crossattn_kernels.tuning import rules
-from crossattn_kernels.tuning.chips import CHIPS, Chip, assumed, chip_of
+from crossattn_kernels.tuning.chips import ASSUMED, CHIPS, Chip, assumed, chip_of
 from crossattn_kernels.tuning.rules import Config, power_of_two
 from crossattn_kernels.tuning.tables import lookup
 
-__all__ = ["CHIPS", "Chip", "Config", "Plan", "assumed", "chip_of", "force", "forced", "plan", "power_of_two"]
+__all__ = ["CHIPS", "Chip", "Config", "Plan", "assumed", "chip_of", "circumstances", "force", "plan", "power_of_two"]
 
 
 BACKWARD = ("short keys", "short queries", "two-pass")  # the first that can serve a call runs
@@ -59,9 +59,9 @@ def force(**changes: Any) -> Iterator[None]:
         _FORCED.pop()
 
 
-def forced() -> tuple[tuple[str, Any], ...]:
-    """What is forced now."""
-    return _FORCED[-1]
+def circumstances() -> tuple[Any, ...]:
+    """All that a plan depends on besides its problem: what is forced, and the chip of tensors that are on no GPU."""
+    return _FORCED[-1], ASSUMED[-1]
 
 
 @lru_cache(maxsize=4096)
