@@ -44,10 +44,37 @@ def run_demo(args: argparse.Namespace) -> int:
         return _refuse(str(error))
 
 
+def add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "compile the kernels for a GPU that need not be here, and report registers, spills and instructions"
+    compile_ = commands.add_parser("compile", help=text, description=text.capitalize() + ".")
+    compile_.add_argument("--arch", default="sm_90", help="sm_80, sm_90, sm_100 or gfx942 (default: %(default)s)")
+    compile_.add_argument("-k", dest="only", metavar="TEXT", default="", help="only calls with this in their name")
+    compile_.add_argument("--every", action="store_true", help="every shape x dtype x head size x kind: hours")
+    compile_.add_argument("--json", action="store_true", help="the report as it is kept in bench/results")
+    compile_.add_argument(
+        "--jobs", type=_positive, metavar="N", default=1, help="processes that compile (default: %(default)s)"
+    )
+    compile_.set_defaults(run=run_compile)
+
+
+def run_compile(args: argparse.Namespace) -> int:
+    try:
+        from crossattn_kernels.aot import report
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        return _refuse("compilation needs triton: pip install 'crossattn_kernels[triton]'")
+    try:
+        return report.run(args.arch, args.only, args.every, args.json, args.jobs)
+    except ValueError as error:  # an architecture that is not known, or the interpreter instead of the compiler
+        return _refuse(str(error))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m crossattn_kernels", description="Triton kernels for cross-attention.")
     commands = parser.add_subparsers(title="commands", metavar="command", required=True)
     add_demo(commands)
+    add_compile(commands)
     args = parser.parse_args(argv)
     return args.run(args)
 

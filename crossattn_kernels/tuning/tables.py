@@ -1,12 +1,105 @@
-"""Configurations by architecture, Triton version, dtype, head size and kernel, as JSON beside this file."""
+"""Configurations by architecture, as JSON in `tables/`; what a table does not know, the rule decides.
+
+A file is {"schema": 1, "arch": "sm_90", "entries": [...]}.  An entry has what it is looked up by, which is the
+"major.minor" of the Triton that it was chosen with, dtype ("half": 16 bit, "full": fp32), D (padded: 64, 128, 256),
+kernel and kind (see `kind_of`); the fields of a `Config`; and source, which says how it was chosen.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
 from crossattn_kernels.problem import Problem
 from crossattn_kernels.tuning.chips import Chip
-from crossattn_kernels.tuning.rules import Config
+from crossattn_kernels.tuning.rules import Config, head_size, shared_bytes
+
+SCHEMA = 1
+FOLDER = Path(__file__).with_name("tables")
+KEY = ("dtype", "D", "kernel", "kind")
+Version = tuple[int, ...]
+Table = dict[tuple[Any, ...], dict[Version, Config]]  # by KEY, then by Triton's version
 
 
 def lookup(chip: Chip, problem: Problem, kernel: str) -> Config | None:
-    """The configuration of a table; None where there is none, so that the rule decides."""
+    """The configuration of a table; None where there is none, or none that fits the chip, so that the rule decides.
+
+    The table is that of the architecture, else of the newest one before it of the same vendor; the entry is that of the
+    Triton that is installed, else of the newest one before it.
+    """
+    path, installed = _path_for(FOLDER, chip.arch), _triton()
+    if path is None or installed is None:
+        return None
+    dtype = "full" if problem.dtype.itemsize == 4 else "half"
+    found = _read(path).get((dtype, head_size(problem), kernel, kind_of(problem)), {})
+    config = found.get(max((version for version in found if version <= installed), default=()))
+    return config if config and shared_bytes(kernel, config, problem) <= chip.shared else None
+
+
+def kind_of(problem: Problem) -> str:
+    """ "plain", "ranges" (and nothing else), or "other"."""
+    return "other" if not problem.plain else "ranges" if problem.masked else "plain"
+
+
+def save(path: Path, arch: str, entries: Iterable[dict[str, Any]]) -> None:
+    """Write a table; whoever reads it meanwhile sees the old one or the new one."""
+    head = json.dumps(dict(schema=SCHEMA, arch=arch))
+    text = f'{head[:-1]}, "entries": [\n' + ",\n".join(map(json.dumps, entries)) + "\n]}\n"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+@lru_cache
+def _path_for(folder: Path, arch: str) -> Path | None:
+    def number(name: str) -> int:
+        digits = name.lstrip("gfxsm_")
+        return int(digits, 16) if digits else 0  # AMD counts in hexadecimal: gfx90a
+
+    vendor = "sm_" if arch.startswith("sm_") else "gfx"
+    known = [path for path in folder.glob(f"{vendor}*.json") if number(path.stem) <= number(arch)]
+    return max(known, key=lambda path: number(path.stem), default=None)
+
+
+@lru_cache
+def _read(path: Path) -> Table:
+    """Empty, with a warning, where the file is damaged or of another schema."""
+    table: Table = {}
+    try:
+        content = json.loads(path.read_text())
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']!r} instead of {SCHEMA}")
+        for entry in content["entries"]:
+            config = Config(**{name: entry[name] for name in Config._fields if name in entry})
+            table.setdefault(tuple(entry[name] for name in KEY), {})[_version(entry["triton"])] = config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"the table {path} is left aside, {type(error).__name__}: {error}", stacklevel=2)
+        return {}
+    return table
+
+
+@lru_cache
+def _triton() -> Version | None:
+    """(major, minor) of the Triton that is installed, which may be on a machine that cannot import it."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            return _version(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            continue
     return None
+
+
+def _version(text: str) -> Version:
+    return tuple(map(int, text.split(".")[:2]))

@@ -1,0 +1,146 @@
+"""What a kernel became: registers, spills and the instructions that matter, from its machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import triton
+
+from crossattn_kernels.tuning import CHIPS
+
+# instructions by the field that counts them, at the beginning of an opcode
+COUNTED = {
+    "hgmma": r"HGMMA\b",
+    "hmma": r"HMMA\b",
+    "utchmma": r"UTC[A-Z]*MMA\b",
+    "mfma": r"v_mfma_",
+    "waits": r"WARPGROUP\.DEPBAR\b",
+    "exponentials": r"MUFU\.EX2\b|v_exp_f32",
+    "tma_loads": r"UTMALDG\b",
+    "wide_copies": r"LDGSTS[.\w]*\.128\b",
+    "narrow_loads": r"LDG\.E[.\w]*\.U16\b|(?:global|buffer)_load_(?:u16|ushort|d16|short)",
+    "spill_loads": r"LDL\b",
+    "spill_stores": r"STL\b",
+}
+REGISTERS, THREADS, PROGRAMS = 65536, {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048}, 32  # of a multiprocessor
+
+
+class Figures(NamedTuple):
+    """One compiled kernel.  Counts are of instructions in its code, wherever they stand."""
+
+    registers: int  # a thread
+    stack: int  # bytes a thread
+    spill_loads: int  # LDL
+    spill_stores: int  # STL
+    shared: int  # bytes a program
+    programs: int | None  # that fit a multiprocessor at once; None where that is not known
+    hgmma: int  # tensor-core instructions of sm_90
+    hmma: int  # of sm_80, and of sm_90 where a tile is too short for HGMMA
+    utchmma: int  # of sm_100
+    mfma: int  # of AMD
+    waits: int  # for HGMMA: as many as there are HGMMA if ptxas serialised them
+    exponentials: int
+    overlapped: float | None  # share of a loop's exponentials issued while a product is under way (sm_90)
+    tma_loads: int
+    wide_copies: int  # 16 bytes from global to shared memory
+    narrow_loads: int  # 2 bytes
+
+
+def figures(compiled: Any, arch: str) -> Figures:
+    """Those of what Triton compiled."""
+    shared, threads = compiled.metadata.shared, compiled.metadata.num_warps * compiled.metadata.target.warp_size
+    if "cubin" in compiled.asm:
+        usage, code = disassembled(compiled.asm["cubin"])
+        registers, stack = _numbers(r"REG:(\d+) STACK:(\d+)", usage)
+        spills = {}
+    else:
+        code = compiled.asm["amdgcn"]
+        (registers,), (stack,) = (
+            _numbers(pattern, code) for pattern in (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
+        )
+        (spilled,) = _numbers(r"\.vgpr_spill_count:\s+(\d+)", code)
+        spills = dict(spill_loads=spilled, spill_stores=spilled)
+    opcodes = [opcode for _, opcode, _ in instructions(code)]
+    counts = {name: sum(bool(re.match(p, o)) for o in opcodes) for name, p in COUNTED.items()}
+    return Figures(
+        registers=registers,
+        stack=stack,
+        shared=shared,
+        programs=programs(arch, registers, shared, threads),
+        overlapped=overlapped(code),
+        **(counts | spills),
+    )
+
+
+def programs(arch: str, registers: int, shared: int, threads: int) -> int | None:
+    """Programs of one kernel that a multiprocessor of NVIDIA holds at once.
+
+    Registers are given to warps by 256; a program takes 1 KiB of shared memory besides its own.
+    """
+    if not arch.startswith("sm_"):
+        return None
+    warps = threads // 32
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    by_shared = (CHIPS[arch].shared + 1024) // (shared + 1024)
+    return min(by_registers, by_shared, 2048 // threads, PROGRAMS)
+
+
+def disassembled(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, SASS), by the tool in Triton's wheel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage, code = (
+            subprocess.run([tool, what, file.name], capture_output=True, text=True) for what in ("-res-usage", "-sass")
+        )
+    return usage.stdout + usage.stderr, code.stdout
+
+
+def instructions(code: str) -> Iterator[tuple[int, str, str]]:
+    """(address, opcode, operands) of SASS, without what an instruction is predicated on; addresses of AMD are 0."""
+    sass = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.M)
+    found = False
+    for match in sass.finditer(code):
+        found = True
+        yield int(match[1], 16), match[2], match[3]
+    if not found:
+        yield from ((0, match[1], match[2]) for match in re.finditer(r"^\s+([a-z]\w+)[ \t]+(.*)$", code, re.M))
+
+
+def overlapped(code: str) -> float | None:
+    """The share of a loop's exponentials issued between a product and the wait for it: the most of all loops."""
+    listing = list(instructions(code))
+    at = {address: i for i, (address, _, _) in enumerate(listing)}
+    shares = []
+    for i, (address, opcode, operands) in enumerate(listing):
+        target = re.search(r"(0x[0-9a-f]+)$", operands) if opcode.startswith("BRA") else None
+        if target is not None and int(target[1], 16) < address:
+            hidden, total = _hidden(listing[at[int(target[1], 16)] : i])
+            shares += [hidden / total] if total else []
+    return round(max(shares), 2) if shares else None
+
+
+def _hidden(loop: list[tuple[int, str, str]]) -> tuple[int, int]:
+    """(exponentials under a product, all of them) of a loop; none where it has no HGMMA."""
+    under_way, hidden, total = False, 0, 0
+    if any(opcode.startswith("HGMMA") for _, opcode, _ in loop):
+        for _, opcode, operands in loop:
+            if opcode.startswith("HGMMA"):
+                under_way = True
+            elif opcode.startswith("WARPGROUP.DEPBAR"):
+                under_way = not operands.endswith(", 0x0")
+            elif opcode.startswith("MUFU.EX2"):
+                hidden, total = hidden + under_way, total + 1
+    return hidden, total
+
+
+def _numbers(pattern: str, text: str) -> tuple[int, ...]:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern!r} in what the disassembler says: {text[:200]!r}")
+    return tuple(map(int, match.groups()))
