@@ -13,7 +13,7 @@ from crossattn_kernels.masks import Mask
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PADDED, OTHERS = (64, 128, 256), (40, 72, 80, 88, 96, 112, 160)  # head sizes that tiles have, and some that are padded
 FEW_KEYS = {64: 77, 128: 77, 256: 60}  # that fit a tile of short keys, by padded head size
-FEW_QUERIES = {64: 64, 128: 32, 256: 16}  # whose two heads fit a tile of short queries
+FEW_QUERIES = {64: 32, 128: 32, 256: 16}  # whose two heads fit a tile of short queries
 
 
 class Shape(NamedTuple):
@@ -48,7 +48,8 @@ def shapes(D: int) -> dict[str, Shape]:
         "short keys": Shape(2, 8, 4, 4096, few_keys, D),
         "short keys of a tile": Shape(2, 8, 4, 4096, 128, D),
         "short queries": Shape(8, 32, 16, few_queries, 4096, D),
-        "split": Shape(1, 8, 8, few_queries, 4096, D),
+        "fewer queries": Shape(8, 32, 16, few_queries // 2, 4096, D),
+        "split": Shape(1, 8, 8, 2 * few_queries, 4096, D),
         "packed decode": Shape(1, 32, 8, 1, 4096, D, backward=False),
         "split queries": Shape(1, 8, 8, 4096, 512, D),
     }
@@ -116,13 +117,15 @@ def sweep(every: bool = False) -> Iterator[Call]:
 
 
 def _kinds(shape: str, dtype: str, D: int) -> tuple[str, ...]:
-    both = ("plain", "everything")
     if dtype == "bf16" and D in PADDED:
         kinds = {
             "two-pass": tuple(KINDS),
             "short keys": ("plain", "row gate", "bias", "everything"),
-            "short queries": ("plain", "row gate", "bias", "everything"),
+            "short queries": ("plain", "keys", "row gate"),
+            "fewer queries": ("ranges", "bias", "everything"),
             "split queries": ("ranges",),
         }
         return kinds.get(shape, ("plain",))
-    return both if shape == "two-pass" and (dtype == "bf16" or D in PADDED) else ()
+    if shape != "two-pass" or (dtype != "bf16" and D not in PADDED):
+        return ()
+    return ("plain", "everything") if D in (64, 72) else ("plain",)

@@ -37,15 +37,15 @@ class Worker:
 
     def compile(self, call: Call) -> list[Row] | Failure:
         kernel = "no kernel"
-        self.connection.send(call)
         try:
+            self.connection.send(call)
             while self.connection.poll(LIMIT):
                 message = self.connection.recv()
                 if not isinstance(message, str):
                     return message
                 kernel = message
             reason = f"took longer than {LIMIT} s"
-        except EOFError:
+        except (EOFError, OSError):  # the pipe ended
             self.process.join()
             reason = f"the compiler died with exit code {self.process.exitcode}"
         self.stop()
@@ -93,6 +93,7 @@ def _serve(arch: str, connection: Connection) -> None:
             call = connection.recv()
         except EOFError:
             return
+        names.clear()
         try:
             connection.send(compile_named(arch, call, started))
         except Exception as error:

@@ -1,0 +1,280 @@
+"""What the compiler makes of the kernels, without a GPU: spills, shared memory, tensor cores, loads; and the reports.
+
+The rest of the tests binds kernels to Triton's interpreter, so these compile in processes of their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import crossattn_kernels
+from crossattn_kernels import cli
+from crossattn_kernels.aot import Call, calls, sweep, workers
+from crossattn_kernels.aot.machine_code import instructions, overlapped, programs
+from crossattn_kernels.aot.report import SCHEMA
+from crossattn_kernels.kernels.launch import CONFIGS
+from crossattn_kernels.problem import Problem, canonical
+from crossattn_kernels.tuning import CHIPS, Config, assumed, plan, tables
+
+ROOT = Path(crossattn_kernels.__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+ARCHS = ("sm_80", "sm_90", "sm_100")
+TENSOR = ("forward_kernel", "dq_kernel", "dkv_kernel", "short_queries_kernel", "bias_grad_kernel")
+COMPILED = [("two-pass", kind) for kind in ("plain", "ranges")] + [("short keys", "plain"), ("short queries", "plain")]
+
+COMPILE = """
+import json, sys
+from crossattn_kernels.aot import Call, compile_named
+from crossattn_kernels.aot.report import records
+for call in json.loads(sys.argv[2]):
+    call = Call(*call)
+    for row in records(call, compile_named(sys.argv[1], call)):
+        print(json.dumps(row), flush=True)
+"""
+
+
+def without_interpreter(*command, status=0):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr[-2000:]
+    return done.stdout if status == 0 else done.stderr
+
+
+def compiled(arch, *named):
+    """A dict a kernel, without those fields that are 0."""
+    return [json.loads(line) for line in without_interpreter("-c", COMPILE, arch, json.dumps(named)).splitlines()]
+
+
+def report(arch):
+    return json.loads((RESULTS / f"compile-{arch}.json").read_text())
+
+
+def name(row):
+    return f"{row['kernel']} of {Call(*(row[field] for field in Call._fields))}"
+
+
+def recorded_stack(arch, row):
+    """Bytes of stack that the report of this Triton admits for a kernel that no configuration keeps in registers."""
+    found = report(arch)
+    same = [r for r in found["rows"] if name(r) == name(row)] if found["triton"] == _triton() else []
+    return max((r["stack"] for r in same), default=0)
+
+
+def _triton():
+    return tables.metadata.version("triton")
+
+
+# ---- compiled here ----
+
+
+@pytest.mark.parametrize("D", [64, 72, 128, 256])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_keep_to_registers_and_use_the_tensor_cores(arch, D):
+    named = [Call(shape, "bf16", D, kind) for shape, kind in COMPILED]
+    rows = compiled(arch, *named)
+    assert {"forward_kernel", "dq_kernel", "dkv_kernel", "delta_kernel", "short_queries_kernel"} <= {
+        row["kernel"] for row in rows
+    }
+    for row in rows:
+        check(arch, row)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_call_with_every_option_compiles_no_worse_than_reported(arch):
+    for row in compiled(arch, Call("two-pass", "bf16", 64, "everything")):
+        check(arch, row)
+
+
+def test_the_kernels_compile_for_amd():
+    rows = compiled("gfx942", Call("two-pass", "bf16", 64, "plain"), Call("packed decode", "bf16", 128, "plain"))
+    for row in rows:
+        assert row["stack"] == 0 and row["shared"] <= CHIPS["gfx942"].shared, row
+        assert row.get("mfma") or row["kernel"] not in TENSOR, row
+
+
+def check(arch, row):
+    """What holds for every kernel of aligned tensors."""
+    config = Config(**row["config"])
+    spilled = recorded_stack(arch, row)
+    assert row["stack"] <= spilled, f"{name(row)} spills: {row}"
+    if not spilled:
+        assert not row.get("spill_loads") and not row.get("spill_stores"), row
+    assert row["shared"] <= CHIPS[arch].shared, row
+    assert not row.get("narrow_loads") or row["kind"] == "everything", row
+    if row["kernel"] not in TENSOR:
+        return
+    queries_down = row["kernel"] in ("forward_kernel", "dq_kernel", "bias_grad_kernel")
+    tall = (config.BLOCK_M if queries_down else config.BLOCK_N) >= 64
+    if arch == "sm_80" or not tall:
+        assert row["hmma"], row
+    elif arch == "sm_90":
+        assert row["hgmma"] and not row.get("hmma"), row
+        assert row["waits"] <= row["hgmma"] / 2, f"ptxas serialised the products: {row}"
+    elif arch == "sm_100":
+        assert row["utchmma"] and not row.get("hmma"), row
+    streams = row["kernel"] == "forward_kernel" and row["shape"] == "two-pass" and row["kind"] in ("plain", "ranges")
+    if streams and arch == "sm_90":
+        assert row["overlapped"] >= OVERLAPPED[config.BLOCK_N, 64 if row["D"] == 64 else 128], row
+
+
+# exponentials of the streaming loop that run while the product with v does
+OVERLAPPED = {}
+
+
+# ---- reports ----
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_report_covers_the_sweep_and_the_plans_of_today(arch):
+    found = report(arch)
+    assert (found["schema"], found["arch"]) == (SCHEMA, arch)
+    rows = {}
+    for row in found["rows"]:
+        rows.setdefault(Call(*(row[field] for field in Call._fields)), []).append(row)
+    assert list(rows) == list(sweep())
+    if found["triton"].split(".")[:2] != _triton().split(".")[:2]:
+        pytest.skip(f"reported for Triton {found['triton']}, this is {_triton()}")
+    for call, of_call in rows.items():
+        shape, (q, k, v), rest = calls.arguments(call)
+        with assumed(arch):
+            chosen = plan(Problem.of(*canonical(q, k, v, **rest)))
+        assert "forward_kernel" in [row["kernel"] for row in of_call]
+        for row in of_call:
+            assert Config(**row["config"]) == getattr(chosen, CONFIGS[row["kernel"]]), name(row)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_report_has_no_spills_where_common_calls_run(arch):
+    spilled = [row for row in report(arch)["rows"] if row["stack"] and row["dtype"] != "fp32"]
+    assert all(row["shared"] <= CHIPS[arch].shared for row in report(arch)["rows"])
+    assert {(row["kernel"], row["D"], row["kind"]) for row in spilled} <= KNOWN[arch]
+
+
+# no configuration that is worth running keeps these in registers; bytes are in the report
+KNOWN = {"sm_80": set(), "sm_90": set(), "sm_100": set()}
+
+
+# ---- the command ----
+
+
+def test_an_unknown_architecture_is_refused_in_one_sentence():
+    said = without_interpreter("-m", "crossattn_kernels", "compile", "--arch", "sm_91", status=2)
+    assert said == "arch must be one of sm_80, sm_90, sm_100, gfx942, got 'sm_91'\n"
+
+
+def test_the_interpreter_is_refused(capsys):
+    assert cli.main(["compile"]) == 2
+    assert "unset it" in capsys.readouterr().err
+
+
+def test_without_triton_it_is_refused_in_one_sentence(monkeypatch, capsys):
+    for module in [m for m in sys.modules if m.startswith("crossattn_kernels.aot")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delattr(crossattn_kernels, "aot", raising=False)
+    assert cli.main(["compile"]) == 2
+    assert capsys.readouterr().err.startswith("compilation needs triton: pip install")
+
+
+def test_the_command_prints_a_table_or_json():
+    command = ("-m", "crossattn_kernels", "compile", "--arch", "sm_90", "-k", "packed decode bf16 D64 plain")
+    heading, *lines = without_interpreter(*command).splitlines()
+    assert heading.startswith("kernel ") and [line.split()[0] for line in lines] == ["forward_kernel", "merge_kernel"]
+    once, again = (without_interpreter(*command, "--json", "--jobs", jobs) for jobs in ("1", "2"))
+    assert once == again and [row["kernel"] for row in json.loads(once)["rows"]] == ["forward_kernel", "merge_kernel"]
+
+
+DEAD = """
+import os
+from crossattn_kernels import aot
+from crossattn_kernels.aot import workers
+if __name__ == "__main__":
+    calls = [aot.Call("packed decode", "bf16", 64, kind) for kind in ("plain", "no such kind", "plain")]
+    first, second, third = workers.compile_all("sm_90", calls)
+    assert first[0].figures == third[0].figures, (first, third)
+    assert second == workers.Failure("no kernel", "KeyError: 'no such kind'"), second
+    worker = workers.Worker("sm_90")
+    worker.process.kill()
+    died = worker.compile(calls[0])
+    assert died.reason == "the compiler died with exit code -9", died
+    assert worker.compile(calls[0])[0].kernel == "forward_kernel"
+    worker.stop()
+"""
+
+
+def test_a_compiler_that_dies_is_a_row_and_the_sweep_goes_on(tmp_path):
+    script = tmp_path / "dead.py"
+    script.write_text(DEAD)
+    without_interpreter(str(script))
+
+
+# ---- machine code ----
+
+SASS = """
+        /*0000*/                   MUFU.EX2 R1, R2 ;                    /* 0x0 */
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT, gsb0 ;  /* 0x0 */
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;      /* 0x0 */
+        /*0030*/               @P0 MUFU.EX2 R1, R2 ;                    /* 0x0 */
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], RZ, gsb0 ;  /* 0x0 */
+        /*0050*/                   MUFU.EX2 R3, R2 ;                    /* 0x0 */
+        /*0060*/                   MUFU.EX2 R3, R2 ;                    /* 0x0 */
+        /*0070*/                   MUFU.EX2 R3, R2 ;                    /* 0x0 */
+        /*0080*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;      /* 0x0 */
+        /*0090*/              @!P0 BRA 0x10 ;                           /* 0x0 */
+        /*00a0*/                   EXIT ;                               /* 0x0 */
+"""
+
+
+def test_instructions_and_what_runs_under_a_product():
+    listing = list(instructions(SASS))
+    assert listing[0] == (0, "MUFU.EX2", "R1, R2") and listing[3][1] == "MUFU.EX2" and listing[-1][1:] == ("EXIT", "")
+    assert overlapped(SASS) == 0.75
+    assert overlapped(SASS.replace("BRA 0x10", "BRA 0xa0")) is None
+
+
+def test_amd_instructions():
+    assert list(instructions("\tv_mfma_f32 a[0:3], v0, v1\n\ts_endpgm\t; done\n.text\n"))[0][1] == "v_mfma_f32"
+
+
+@pytest.mark.parametrize(
+    "arch, registers, shared, threads, expected",
+    [
+        ("sm_90", 128, 65536, 256, 2),
+        ("sm_90", 129, 65536, 256, 1),
+        ("sm_90", 32, 116_000, 256, 1),
+        ("sm_90", 32, 115_000, 256, 2),
+        ("sm_90", 32, 0, 128, 16),
+        ("sm_80", 64, 81_000, 128, 2),
+        ("gfx942", 64, 0, 256, None),
+    ],
+)
+def test_programs_of_a_multiprocessor(arch, registers, shared, threads, expected):
+    assert programs(arch, registers, shared, threads) == expected
+
+
+def test_dead_workers_are_named():
+    assert workers.Failure("dq_kernel", "died")._fields == ("kernel", "reason")
+
+
+def test_named_calls_reach_every_schedule():
+    with assumed("sm_90"):
+        plans = {}
+        for call in sweep():
+            if call.dtype == "bf16" and call.kind == "plain":
+                _, (q, k, v), rest = calls.arguments(call)
+                plans[call.shape, call.D] = plan(Problem.of(*canonical(q, k, v, **rest)))
+    for D in calls.PADDED:
+        schedules = {(p.forward_schedule, p.backward_schedule) for (_, d), p in plans.items() if d == D}
+        assert schedules >= {
+            ("stream", "two-pass"), ("stream", "short keys"), ("stream", "short queries"), ("split", "short queries"),
+        }  # fmt: skip
+        assert plans["packed decode", D].forward.packed and not plans["split", D].forward.packed
+        assert plans["split", D].forward.splits > 1
+    assert any(p.dkv.splits > 1 and p.backward_schedule == "two-pass" for p in plans.values())
+    assert torch.bfloat16 in calls.DTYPES.values()

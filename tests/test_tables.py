@@ -1,0 +1,157 @@
+"""Tables of configurations: which entry serves a call, and what happens where there is none or the file is damaged."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from crossattn_kernels import tuning
+from crossattn_kernels.problem import Problem
+from crossattn_kernels.tuning import CHIPS, Chip, Config, rules, tables
+
+HALF = Problem(2, 8, 4, 4096, 4096, 72, 80, torch.bfloat16, torch.device("meta"))
+FULL = HALF._replace(dtype=torch.float32)
+H200 = CHIPS["sm_90"]
+
+
+def entry(BLOCK_M, triton="3.7", **changes):
+    given = dict(triton=triton, dtype="half", D=128, kernel="dq", kind="plain") | changes
+    return given | dict(BLOCK_M=BLOCK_M, BLOCK_N=32, num_warps=4, num_stages=1, source="test")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Tables are looked for here, by Triton 3.7."""
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(tables, "_triton", lambda: (3, 7))
+    caches = tables._read, tables._path_for, tuning._plan
+    for cache in caches:
+        cache.cache_clear()
+    yield tmp_path
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_an_entry_is_found_by_dtype_head_size_kernel_and_kind(folder):
+    entries = [entry(16), entry(32, kind="ranges"), entry(64, kind="other"), entry(128, dtype="full")]
+    tables.save(folder / "sm_90.json", "sm_90", entries)
+    assert tables.lookup(H200, HALF, "dq") == Config(16, 32, 4, 1)
+    assert tables.lookup(H200, HALF._replace(masked=True), "dq").BLOCK_M == 32
+    assert tables.lookup(H200, HALF._replace(masked=True, plain=False), "dq").BLOCK_M == 64
+    assert tables.lookup(H200, FULL, "dq").BLOCK_M == 128
+    assert tables.lookup(H200, HALF, "dkv") is None
+    assert tables.lookup(H200, HALF._replace(D=129), "dq") is None
+
+
+@pytest.mark.parametrize(
+    "arch, table",
+    [("sm_80", 80), ("sm_86", 80), ("sm_89", 80), ("sm_90", 90), ("sm_103", 100), ("sm_75", None)],
+)
+def test_the_newest_table_that_is_not_newer_than_the_chip(folder, arch, table):
+    for n in (80, 90, 100):
+        tables.save(folder / f"sm_{n}.json", f"sm_{n}", [entry(n)])
+    found = tables.lookup(Chip(arch, 100, 200_000), HALF, "dq")
+    assert (found and found.BLOCK_M) == table
+    assert tables.lookup(CHIPS["gfx942"], HALF, "dq") is None, "of another vendor"
+
+
+@pytest.mark.parametrize(
+    "versions, chosen", [(["3.7", "3.6"], "3.7"), (["3.6", "3.10", "3.2"], "3.6"), (["3.8"], None)]
+)
+def test_the_triton_that_is_installed_or_the_newest_before_it(folder, versions, chosen):
+    tables.save(folder / "sm_90.json", "sm_90", [entry(int(v[2:]), triton=v) for v in versions])
+    found = tables.lookup(H200, HALF, "dq")
+    assert (found and found.BLOCK_M) == (chosen and int(chosen[2:]))
+
+
+def test_what_does_not_fit_the_chip_is_left_to_the_rule(folder):
+    tables.save(folder / "sm_100.json", "sm_100", [entry(128)])
+    assert tables.lookup(Chip("sm_120", 170, 101_376), HALF, "dq") is not None
+    assert tables.lookup(Chip("sm_120", 170, 50_000), HALF, "dq") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"schema": 1}', '{"schema": 2, "entries": []}', '{"schema": 1, "entries": [{"D": 64}]}', "\udcff"],
+)
+def test_a_damaged_table_is_left_aside_with_one_warning(folder, text):
+    (folder / "sm_90.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.warns(UserWarning, match=r"sm_90\.json is left aside") as caught:
+        for kernel in ("dq", "dkv"):
+            assert tables.lookup(H200, HALF, kernel) is None
+    assert len(caught) == 1
+
+
+def test_the_rule_decides_where_tables_are_silent(folder):
+    rule = rules.tiles("dq", HALF, H200)
+    assert tuning.plan(HALF).dq == rule
+    tables.save(folder / "sm_90.json", "sm_90", [entry(rule.BLOCK_M // 2)])
+    for cache in (tables._read, tables._path_for, tuning._plan):
+        cache.cache_clear()
+    assert tuning.plan(HALF).dq == Config(rule.BLOCK_M // 2, 32, 4, 1)
+    assert tuning.plan(HALF).dkv == rules.split_queries(rules.tiles("dkv", HALF, H200), HALF, H200)
+
+
+def test_without_triton_the_rule_decides(folder, monkeypatch):
+    tables.save(folder / "sm_90.json", "sm_90", [entry(16)])
+    monkeypatch.setattr(tables, "_triton", lambda: None)
+    assert tables.lookup(H200, HALF, "dq") is None
+
+
+def test_the_version_is_known_without_importing_triton(monkeypatch):
+    def version(name):
+        if name != "pytorch-triton":
+            raise tables.metadata.PackageNotFoundError(name)
+        return "3.12.0+git1234"
+
+    monkeypatch.setattr(tables.metadata, "version", version)
+    assert tables._triton.__wrapped__() == (3, 12)
+
+
+def test_save_replaces_a_table_whole_or_not_at_all(folder, monkeypatch):
+    path = folder / "sm_90.json"
+    tables.save(path, "sm_90", [entry(16)])
+    before = path.read_text()
+
+    def broken():
+        yield entry(32)
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError):
+        tables.save(path, "sm_90", broken())
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        tables.save(path, "sm_90", [entry(32)])
+    assert path.read_text() == before
+    assert [p.name for p in folder.iterdir()] == ["sm_90.json"], "nothing temporary is left"
+
+
+SHIPPED = sorted(tables.FOLDER.glob("*.json"))
+
+
+def test_tables_are_shipped():
+    assert [path.stem for path in SHIPPED] == ["sm_100", "sm_80", "sm_90"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_tables_are_whole(path):
+    content = json.loads(path.read_text())
+    assert (content["schema"], content["arch"]) == (tables.SCHEMA, path.stem)
+    assert all(e["source"] and set(e) == {*entry(1)} for e in content["entries"])
+    keys = [tuple(e[name] for name in ("triton", *tables.KEY)) for e in content["entries"]]
+    assert len(set(keys)) == len(keys)
+    kernels = {"forward", "dq", "dkv", "short_keys", "short_queries"}
+    wanted = {("half", D, kernel, kind) for D in (64, 128, 256) for kernel in kernels
+              for kind in ("plain", "ranges", "other")}  # fmt: skip
+    wanted |= {("half", D, "bias_grad", "other") for D in (64, 128, 256)}
+    assert wanted <= {key[1:] for key in keys}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configurations_fit_their_chip(path):
+    chip = CHIPS[path.stem]
+    for e in json.loads(path.read_text())["entries"]:
+        problem = HALF._replace(D=e["D"], Dv=e["D"], dtype=torch.float32 if e["dtype"] == "full" else torch.bfloat16)
+        config = Config(**{name: e[name] for name in Config._fields if name in e})
+        rules.check_fit(e["kernel"], config, problem, chip)
