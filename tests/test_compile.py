@@ -62,12 +62,11 @@ def name(row):
 def recorded_stack(arch, row):
     """Bytes of stack that the report of this Triton admits for a kernel that no configuration keeps in registers."""
     found = report(arch)
-    same = [r for r in found["rows"] if name(r) == name(row)] if found["triton"] == _triton() else []
-    return max((r["stack"] for r in same), default=0)
+    return max((r["stack"] for r in found["rows"] if name(r) == name(row)), default=0) if _today(found) else 0
 
 
-def _triton():
-    return tables.metadata.version("triton")
+def _today(found):
+    return found["triton"].split(".")[:2] == tables.metadata.version("triton").split(".")[:2]
 
 
 # ---- compiled here ----
@@ -118,13 +117,9 @@ def check(arch, row):
         assert row["waits"] <= row["hgmma"] / 2, f"ptxas serialised the products: {row}"
     elif arch == "sm_100":
         assert row["utchmma"] and not row.get("hmma"), row
-    streams = row["kernel"] == "forward_kernel" and row["shape"] == "two-pass" and row["kind"] in ("plain", "ranges")
-    if streams and arch == "sm_90":
-        assert row["overlapped"] >= OVERLAPPED[config.BLOCK_N, 64 if row["D"] == 64 else 128], row
-
-
-# exponentials of the streaming loop that run while the product with v does
-OVERLAPPED = {}
+    if arch == "sm_90" and (row["kernel"], row["shape"], row["kind"]) == ("forward_kernel", "two-pass", "plain"):
+        # where D = 64 two programs share a multiprocessor, so that one multiplies while the other takes exponentials
+        assert row["overlapped"] >= 0.8 or (row["D"] == 64 and row["overlapped"] >= 0.7 and row["programs"] == 2), row
 
 
 # ---- reports ----
@@ -138,8 +133,8 @@ def test_the_report_covers_the_sweep_and_the_plans_of_today(arch):
     for row in found["rows"]:
         rows.setdefault(Call(*(row[field] for field in Call._fields)), []).append(row)
     assert list(rows) == list(sweep())
-    if found["triton"].split(".")[:2] != _triton().split(".")[:2]:
-        pytest.skip(f"reported for Triton {found['triton']}, this is {_triton()}")
+    if not _today(found):
+        pytest.skip(f"reported for Triton {found['triton']}")
     for call, of_call in rows.items():
         shape, (q, k, v), rest = calls.arguments(call)
         with assumed(arch):
@@ -151,9 +146,10 @@ def test_the_report_covers_the_sweep_and_the_plans_of_today(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_report_has_no_spills_where_common_calls_run(arch):
-    spilled = [row for row in report(arch)["rows"] if row["stack"] and row["dtype"] != "fp32"]
-    assert all(row["shared"] <= CHIPS[arch].shared for row in report(arch)["rows"])
-    assert {(row["kernel"], row["D"], row["kind"]) for row in spilled} <= KNOWN[arch]
+    rows = report(arch)["rows"]
+    assert all(row["shared"] <= CHIPS[arch].shared for row in rows)
+    spilled = [row for row in rows if row["stack"] and row["kind"] != "everything" and row["dtype"] != "fp32"]
+    assert {(row["kernel"], row["shape"], row["D"], row["kind"]) for row in spilled} == KNOWN[arch]
 
 
 # no configuration that is worth running keeps these in registers; bytes are in the report

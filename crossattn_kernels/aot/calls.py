@@ -122,10 +122,10 @@ def _kinds(shape: str, dtype: str, D: int) -> tuple[str, ...]:
             "two-pass": tuple(KINDS),
             "short keys": ("plain", "row gate", "bias", "everything"),
             "short queries": ("plain", "keys", "row gate"),
-            "fewer queries": ("ranges", "bias", "everything"),
+            "fewer queries": ("ranges", "bias"),
             "split queries": ("ranges",),
         }
         return kinds.get(shape, ("plain",))
     if shape != "two-pass" or (dtype != "bf16" and D not in PADDED):
         return ()
-    return ("plain", "everything") if D in (64, 72) else ("plain",)
+    return ("plain", "everything") if D == 64 else ("plain",)
