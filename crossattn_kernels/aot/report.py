@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,14 +28,13 @@ def run(arch: str, only: str, every: bool, as_report: bool, jobs: int) -> int:
     """
     with standing_in(arch):  # what it refuses is refused before any process starts
         named = [call for call in sweep(every) if only in str(call)]
-    if not as_report:
-        print(heading())
+    table = sys.stderr if as_report else sys.stdout
+    print(heading(), file=table)
     rows = []
     for call, found in zip(named, compile_all(arch, named, jobs)):
         for row in records(call, found):
             rows.append(row)
-            if not as_report:
-                print(as_line(row), flush=True)
+            print(as_line(row), file=table, flush=True)
     if as_report:
         print(as_json(arch, rows), end="")
     return int(any("failure" in row for row in rows))
