@@ -95,10 +95,10 @@ def launched() -> Iterator[tuple[str, str, Config, Any]]:
 
     for launcher in LAUNCHERS.values():
         plan = launcher.plan
-        for name, (compiled, *_) in launcher.compiled.items():
+        for (name, _), launch in launcher.launches.items():
             forward = name in ("forward_kernel", "merge_kernel")
             schedule = plan.forward_schedule if forward else plan.backward_schedule
-            yield name, schedule, getattr(plan, CONFIGS[name]), compiled
+            yield name, schedule, getattr(plan, CONFIGS[name]), launch.kernel
 
 
 @contextmanager

@@ -28,8 +28,9 @@ LAST = constant(1)
 class View(NamedTuple):
     """A strided tensor; a broadcast dimension has stride 0.
 
+    A last dimension of stride 1 has no entry in `strides`: indices along it need no product and stay int32.
     Strides are in units of `unit` elements: where all are multiples of 16 bytes, the compiler is told so and moves 16
-    bytes at a time.  Then the last dimension, of stride 1, has no entry.
+    bytes at a time.
     """
 
     ptr: Any
@@ -72,25 +73,22 @@ class Dropout(NamedTuple):
 
 def view(t: Tensor | None, *shape: int) -> Any:
     """`t` broadcast to `shape` (as it is without one)."""
-    if t is None:
-        return None
-    return View(t, strides_of(t, shape or t.shape))
-
-
-def strides_of(t: Tensor, shape: Sequence[int]) -> tuple:
-    """Strides of `t` broadcast to `shape`; what Triton would make a constant of is one."""
-    return tuple(constant(1) if n == 1 else n for n in t.expand(*shape).stride())
+    return None if t is None else strided(t, t.expand(shape or t.shape).stride())
 
 
 def rows_view(t: Tensor | None, *shape: int) -> Any:
-    """The same for a tensor whose rows lie together and are loaded by tiles."""
-    if t is None:
-        return None
-    *strides, last = t.expand(shape or t.shape).stride()
-    unit = 16 // t.element_size()
-    if last != 1 or any(n % unit for n in strides):
-        return view(t, *shape)
-    return View(t, tuple(constant(1) if n == unit else n // unit for n in strides), constant(unit))
+    """The same for a tensor whose rows are loaded by tiles."""
+    return None if t is None else strided(t, t.expand(shape or t.shape).stride(), unit=16 // t.element_size())
+
+
+def strided(t: Tensor, strides: Sequence[int], unit: int = 1) -> View:
+    """A view with these strides, which are counted by `unit` if all are multiples of it and elements lie together."""
+    *outer, last = strides
+    if last != 1:
+        outer, unit = list(strides), 1
+    unit = unit if all(n % unit == 0 for n in outer) else 1
+    # what Triton would make a constant of is one
+    return View(t, tuple(constant(1) if n == unit else n // unit for n in outer), constant(unit))
 
 
 def as_bytes(x: Inputs) -> Inputs:
@@ -126,7 +124,7 @@ def row_gate_view(x: Inputs) -> View | None:
     """A gate that is one number a row, as (B, Hq, M)."""
     if x.gate is None or x.gate_varies:
         return None
-    return View(x.gate, strides_of(x.gate, (*x.sizes[:3], 1))[:3])
+    return strided(x.gate, x.gate.expand(*x.sizes[:3], 1).stride()[:3])
 
 
 def dropout_view(x: Inputs, options: Options) -> Dropout | None:
