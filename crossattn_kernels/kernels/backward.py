@@ -119,8 +119,7 @@ def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, 
         lo, hi = share(lo, hi, split, splits, C.BLOCK_M)
         for first in tl.range(lo, hi, C.BLOCK_M):
             rows = first + tl.arange(0, C.BLOCK_M)
-            seen = overlaps(ranges, b, h, first // C.BLOCK_M, keys, True)
-            if seen & touches(logits.mask, b, h, rows[None, :], keys[:, None], M, N, sums.dq is None):
+            if touches(logits.mask, b, h, rows[None, :], keys[:, None], M, N, sums.dq is None):
                 q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
                 do_tile = load_rows(do, b, h, rows, e, M, C.DV)  # (BLOCK_M, BLOCK_DV)
                 row = across(load_row(known, b, h, rows, M))
