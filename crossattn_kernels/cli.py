@@ -7,6 +7,7 @@ is imported when it runs, so that `--help` works without any extra.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,11 +71,39 @@ def run_compile(args: argparse.Namespace) -> int:
         return _refuse(str(error))
 
 
+def add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "time launch configurations on the GPU that is here, and write a table of the fastest"
+    tune = commands.add_parser("tune", help=text, description=f"T{text[1:]}; never needed for correct results.")
+    tune.add_argument("workloads", nargs="*", metavar="workload", help="what to time, by name (default: all)")
+    tune.add_argument("--shape", action="append", default=[], metavar="B,Hq,Hk,M,N,D", help="a plain call; repeatable")
+    dtypes = ("bfloat16", "float16", "float32")
+    tune.add_argument("--dtype", choices=dtypes, default=dtypes[0], help="of all tensors (default: %(default)s)")
+    tune.add_argument(
+        "--kernels", metavar="NAMES", help="as a table calls them, separated by commas (default: all that run)"
+    )
+    tune.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of table and log (default: the package's, else the current one)"
+    )
+    tune.add_argument("--budget", type=_positive, metavar="SECONDS", help="stop then, with the best so far")
+    tune.set_defaults(run=run_tune)
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    from crossattn_kernels import tune
+
+    kernels, budget = args.kernels.split(",") if args.kernels else [], args.budget or math.inf
+    try:
+        return tune.run(args.workloads, args.shape, args.dtype, kernels, args.out, budget)
+    except (OSError, ValueError) as error:  # no GPU, an unknown name, a folder that cannot be written
+        return _refuse(str(error))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m crossattn_kernels", description="Triton kernels for cross-attention.")
     commands = parser.add_subparsers(title="commands", metavar="command", required=True)
     add_demo(commands)
     add_compile(commands)
+    add_tune(commands)
     args = parser.parse_args(argv)
     return args.run(args)
 

@@ -1,4 +1,4 @@
-"""Cases, inputs and error budgets for tests, benchmarks and the demo; nothing else imports this.
+"""Cases, inputs and error budgets for tests, benchmarks, the demo and the tuner; nothing else imports this.
 
 The policy: inputs are drawn in the dtype under test; the oracle is the reference in fp64 on the same values; the
 yardstick is the error that the reference (eager PyTorch) makes in the dtype under test.  A result's error may be at

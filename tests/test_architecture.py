@@ -39,13 +39,21 @@ MAY_IMPORT = {
     "cli": set(),
     "demo": {"__init__", "testing"},
     "testing": {"functional", "masks"},
+    "trial": {"testing", "tuning", "problem"},
+    "tune": {"trial", "testing", "tuning"},
     "kernels": {
         *(f"kernels.{name}" for name in ("forward", "backward", "short_queries", "bias_grad", "views")),
         "problem",
         "tiled",
     },
 }
-LAZILY = {"ops": {"kernels"}, "functional": {"kernels"}, "cli": {"demo", "aot"}, "aot": {"kernels", "tiled"}}
+LAZILY = {
+    "ops": {"kernels"},
+    "functional": {"kernels"},
+    "cli": {"demo", "aot", "tune"},
+    "aot": {"kernels", "tiled"},
+    "trial": {"kernels.launch"},
+}
 
 # views <- launch, tiles <- softmax <- scores <- schedules
 SCHEDULES = ["bounds", "forward", "backward", "short_queries", "bias_grad"]
@@ -138,7 +146,7 @@ def test_who_knows_triton_testing_and_the_tiles_of_tiled(module):
             assert module.partition(".")[0] in (KERNELS, "aot"), f"{module} imports triton"
     for imported, found in own_imports(module):
         if imported == "testing":
-            assert module == "demo", f"{module} imports testing"
+            assert module in ("demo", "trial", "tune"), f"{module} imports testing"
         if imported == "tiled" and module.startswith(KERNELS):
             assert found.name == "Gradients", f"{module} takes {found.name} from tiled"
 
@@ -263,6 +271,6 @@ def test_the_package_works_without_triton():
 
 
 def test_import_loads_no_kernels_and_no_extras():
-    heavy = [f"{PACKAGE}.{name}" for name in ("kernels", "demo", "testing")] + ["matplotlib", "rich", "sklearn"]
+    heavy = [f"{PACKAGE}.{name}" for name in ("kernels", "demo", "testing", "tune")] + ["matplotlib", "rich", "sklearn"]
     done = run(f"import sys, crossattn_kernels; print([name for name in {heavy} if name in sys.modules])")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
