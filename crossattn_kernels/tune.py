@@ -156,7 +156,7 @@ def best(todo: Sequence[Job], known: Known) -> Chosen:
         means = {}
         for config in [c for c in sharing[0].configs if all(c in job.configs for job in sharing)]:
             records = [known[job.identity].get(job.configs[config]) for job in sharing]
-            ratios = [record["ratio"] for record in records if record and not record["refused"]]
+            ratios = [record["ratio"] for record in records if record and record["ratio"]]
             if len(ratios) == len(sharing):
                 means[config] = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
         if means:

@@ -147,6 +147,8 @@ def test_the_check_runs_the_kernel_by_the_configuration(kernel, launched):
     (job,) = trial.jobs([SMALL[kernel]], (kernel,), CPU)
     config = next(c for c in reversed(job.configs.values()) if not c.descriptors)
     assert trial.check(job.case, kernel, config, CPU) == ""
+    # whatever the tile, the schedule is the one that the kernel belongs to
+    assert ("dq_kernel" in dict(launched)) == (kernel in ("dq", "dkv", "bias_grad"))
     jitted = "dkv_kernel" if kernel == "short_keys" else f"{kernel}_kernel"
     assert {c for name, c in launched if name == jitted} == {config._replace(splits=min(config.splits, 2))}
 
@@ -301,6 +303,7 @@ def test_after_an_interruption_the_table_is_the_old_one_and_the_rest_is_measured
     assert tuned(tmp_path, on=machine(times=rest)) == 0
     (job,) = trial.jobs(tune.workloads((), (SHAPE,), "bfloat16"), ("forward",), CPU)
     assert len(rest.calls) == len(job.configs) - 5
+    assert tuned(tmp_path, on=machine(times=Counted(invented, stop=0))) == 0  # nothing is left, the cut line's included
     # all compared with what was in use at first
     assert {configs[0] for _, _, configs in rest.calls} == {next(iter(job.configs.values()))}
 
