@@ -81,11 +81,11 @@ def rows_view(t: Tensor | None, *shape: int) -> Any:
     return None if t is None else strided(t, t.expand(shape or t.shape).stride(), unit=16 // t.element_size())
 
 
-def strided(t: Tensor, strides: Sequence[int], unit: int = 1) -> View:
+def strided(t: Tensor, steps: Sequence[int], unit: int = 1) -> View:
     """A view with these strides, which are counted by `unit` if all are multiples of it and elements lie together."""
-    *outer, last = strides
+    *outer, last = steps
     if last != 1:
-        outer, unit = list(strides), 1
+        outer, unit = list(steps), 1
     unit = unit if all(n % unit == 0 for n in outer) else 1
     # what Triton would make a constant of is one
     return View(t, tuple(constant(1) if n == unit else n // unit for n in outer), constant(unit))

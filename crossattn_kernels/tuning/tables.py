@@ -57,6 +57,7 @@ def save(path: Path, arch: str, entries: Iterable[dict[str, Any]]) -> None:
         try:
             file.write(text)
             file.close()
+            os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
