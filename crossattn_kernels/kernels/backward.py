@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossattn_kernels.kernels.bounds import overlaps, query_range, ranges_view, tile_ranges
+from crossattn_kernels.kernels.bounds import query_range, ranges_view, tile_ranges
 from crossattn_kernels.kernels.launch import Launcher
 from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, scores, through_softcap, touches
 from crossattn_kernels.kernels.softmax import across, down, load_row, softmax_grad, weighed
