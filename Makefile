@@ -19,7 +19,7 @@ test: $(VENV)/.test ## set up, then run the tests; ARGS="-k masks"
 
 test-tritons: $(VENV)/triton-3.6.0 $(VENV)/triton-3.9.0 ## the kernels with torch 2.11's Triton and with the newest
 	PYTHONPATH=$(VENV)/triton-3.6.0 $(PY) -m pytest -n 2 tests/test_compile.py
-	PYTHONPATH=$(VENV)/triton-3.9.0 $(PY) -m pytest -n 2 --dist worksteal $(addprefix tests/test_,compile.py kernels.py schedules.py)
+	PYTHONPATH=$(VENV)/triton-3.9.0 $(PY) -m pytest -n 2 --dist worksteal tests/test_compile.py tests/test_kernels.py
 
 lint: $(VENV)/.test ## ruff and mypy, as in CI
 	$(PY) -m ruff check
