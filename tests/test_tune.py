@@ -302,7 +302,7 @@ def test_after_an_interruption_the_table_is_the_old_one_and_the_rest_is_measured
     rest = Counted(invented)
     assert tuned(tmp_path, on=machine(times=rest)) == 0
     (job,) = trial.jobs(tune.workloads((), (SHAPE,), "bfloat16"), ("forward",), CPU)
-    assert len(rest.calls) == len(job.configs) - 5
+    assert len(rest.calls) == len(set(job.configs.values())) - 5
     assert tuned(tmp_path, on=machine(times=Counted(invented, stop=0))) == 0  # nothing is left, the cut line's included
     # all compared with what was in use at first
     assert {configs[0] for _, _, configs in rest.calls} == {next(iter(job.configs.values()))}
@@ -379,7 +379,8 @@ def test_the_budget_ends_the_sweep_with_the_best_so_far(tmp_path, capsys):
     assert tuned(tmp_path, on=machine(clock=lambda: next(now)), budget=100) == 0
     assert len(log_of(tmp_path)) == 9 and len(table(tmp_path)) == 1
     said = capsys.readouterr()
-    left = len(trial.jobs(tune.workloads((), (SHAPE,), "bfloat16"), ("forward",), CPU)[0].configs) - 9
+    (job,) = trial.jobs(tune.workloads((), (SHAPE,), "bfloat16"), ("forward",), CPU)
+    left = len(set(job.configs.values())) - 9
     assert f"0 refused, {left} not measured" in said.out
     assert f"9 done, {left} left, 0:01:40 {SHAPE} forward" in said.err
 
