@@ -178,14 +178,13 @@ def by_keys(call: Call, work: list[Part]) -> list[Part]:
     """Parts of the backward, those whose ranges move on from query to query cut along the keys instead.
 
     Gradients add up whichever way the logits are cut, and with few keys and many queries the flash kernel is faster
-    and fewer sums are written.  Where it skips what is hidden, it does so by steps that are long for short sequences.
+    and fewer sums are written.
     """
     x, found = call.x, list[Part]()
     for (batch, kind), same in groupby(work, lambda part: (part.batch, part.kind)):
         run = list(same)
         rows = slice(run[0].rows.start, run[-1].rows.stop)
-        moves = kind == "masked" or kind == "causal" and rows.stop - rows.start < 8 * BLOCK
-        cut = _across(call, batch, rows) if moves else []
+        cut = _across(call, batch, rows) if kind == "masked" else []
         found += [piece for part in cut for piece in _bounded(x, part)] or run
     return found
 
