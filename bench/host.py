@@ -1,4 +1,4 @@
-"""Host time from call to last launch, without a GPU: a driver that compiles for an H200 and swallows the launches.
+"""Host time from call to last launch, without a GPU: the stand-in of `aot` compiles for an H200 and launches nothing.
 
 `python -m bench.host` prints microseconds of one call, median over rounds; run it on a quiet machine.
 """
@@ -14,50 +14,14 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 
 from crossattn_kernels import cross_attention, kernels
+from crossattn_kernels.aot.target import standing_in
 from crossattn_kernels.kernels import launch
 from crossattn_kernels.kernels.forward import forward_kernel
 from crossattn_kernels.problem import canonical
 
 CALLS, ROUNDS = 200, 15
-
-
-class Swallow:
-    """A launcher that launches nothing."""
-
-    def __init__(self, src: Any, metadata: Any) -> None:
-        pass
-
-    def __call__(self, *args: Any) -> None:
-        pass
-
-
-class Utils:
-    """What the driver tells of an H200."""
-
-    def load_binary(self, *args: Any) -> tuple[Any, ...]:
-        return None, 0, 0, 0, 1024
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return dict(max_shared_mem=232_448, multiprocessor_count=132, max_num_regs=65536, warpSize=32)
-
-
-class Driver:
-    """The least that Triton asks of a driver."""
-
-    launcher_cls, utils = Swallow, Utils()
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
 
 
 def microseconds(*works: Callable[[], Any]) -> list[float]:
@@ -76,7 +40,11 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    driver.set_active(Driver())
+    with standing_in("sm_90"):
+        report()
+
+
+def report() -> None:
     kernels.unsupported = lambda problem: ()  # the tensors are on the CPU, and nothing will touch them
     torch.set_num_threads(1)
     q, k, v = (torch.randn(1, 8, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (32, 77, 77))

@@ -24,6 +24,8 @@ def target_of(arch: str) -> GPUTarget:
 class Launch:
     """Takes the place of the compiled launcher."""
 
+    def __init__(self, *_: Any) -> None: ...
+
     def __call__(self, *_: Any) -> None: ...
 
 
