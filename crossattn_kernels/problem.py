@@ -43,6 +43,11 @@ class Inputs(NamedTuple):
         )
 
     @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.q.shape[1] // max(1, self.k.shape[1])
+
+    @property
     def gate_varies(self) -> bool:
         """True when the gate differs along Dv, so that the ungated output must be kept for the backward."""
         return self.gate is not None and self.gate.shape[3] > 1

@@ -18,8 +18,17 @@ from crossattn_kernels.problem import Inputs, Options
 
 def attend(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """(y, lse): y is (B, Hq, M, Dv) in q's dtype, laid out as (B, M, Hq, Dv); lse is (B, Hq, M), fp32 or wider."""
+    p, lse, unused = probabilities(x, options)
+    if options.dropout_p:
+        p = p * _dropout(x, options)
+    o = p @ x.v.repeat_interleave(x.group, 1).masked_fill(unused, 0)  # (B, Hq, M, Dv)
+    y = o if x.gate is None else torch.tanh(x.gate.to(o.dtype)) * o
+    return y.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def probabilities(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, lse, unused): p is (B, Hq, M, N) before dropout; unused, (B, 1, N, 1), is a key that no query sees."""
     B, Hq, M, N = x.sizes
-    group = Hq // max(1, x.k.shape[1])
     seen = options.mask(x).as_dense(B, Hq, M, N).to(x.q.device)
     nobody = ~seen.any(-1, keepdim=True)  # (B, Hq, M, 1)
     if options.empty_rows != "zero":
@@ -27,8 +36,7 @@ def attend(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
 
     # a key that no query sees takes no part, whatever is stored in it
     unused = ~seen.flatten(1, 2).any(1)[:, None, :, None]  # (B, 1, N, 1)
-    k = x.k.repeat_interleave(group, 1).masked_fill(unused, 0)
-    v = x.v.repeat_interleave(group, 1).masked_fill(unused, 0)
+    k = x.k.repeat_interleave(x.group, 1).masked_fill(unused, 0)
 
     scale = options.scale if x.scale is None else x.scale[..., None, None].to(x.q.dtype)
     s = (x.q @ k.mT) * scale  # (B, Hq, M, N)
@@ -43,17 +51,12 @@ def attend(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     hidden = (s == -math.inf).all(-1, keepdim=True)  # by the mask or by a bias of -inf
     safe = s.masked_fill(hidden, 0)
     lse = safe.to(torch.promote_types(s.dtype, torch.float32)).logsumexp(-1).masked_fill(hidden[..., 0], -math.inf)
-    p = safe.softmax(-1).masked_fill(s == -math.inf, 0)
-    if options.dropout_p:
-        p = p * _dropout(x, options, B, Hq, M, N)
-    o = p @ v  # (B, Hq, M, Dv)
-    y = o if x.gate is None else torch.tanh(x.gate.to(o.dtype)) * o
-    return y.transpose(1, 2).contiguous().transpose(1, 2), lse
+    return safe.softmax(-1).masked_fill(s == -math.inf, 0), lse, unused
 
 
-def _dropout(x: Inputs, options: Options, B: int, Hq: int, M: int, N: int) -> Tensor:
+def _dropout(x: Inputs, options: Options) -> Tensor:
     """0 where dropped, 1 / (1 - p) where kept: (B, Hq, M, N)."""
     assert x.seed is not None
-    b, h, m, n = torch.meshgrid(*(torch.arange(size, device=x.q.device) for size in (B, Hq, M, N)), indexing="ij")
+    b, h, m, n = torch.meshgrid(*(torch.arange(size, device=x.q.device) for size in x.sizes), indexing="ij")
     keep = dropout.keep(x.seed, options.dropout_p, b, h, m, n + options.first_key)
     return keep.to(x.q.dtype) / (1 - options.dropout_p)

@@ -33,9 +33,9 @@ MAY_IMPORT = {
     "functional": {"ops", "problem", "masks", "tiled", "reference", "tuning"},
     "chunked": DOOR,
     "distributed": DOOR,
-    "maps": DOOR,
-    "layers": DOOR,
-    "integrations": DOOR | {"layers"},
+    "maps": DOOR | {"reference"},
+    "layers": DOOR | {"maps"},
+    "integrations": DOOR | {"layers", "maps"},
     "cli": set(),
     "demo": {"__init__", "testing"},
     "testing": {"functional", "masks"},
@@ -50,7 +50,7 @@ MAY_IMPORT = {
 LAZILY = {
     "ops": {"kernels"},
     "functional": {"kernels"},
-    "cli": {"demo", "aot", "tune"},
+    "cli": {"demo", "aot", "tune", "integrations"},
     "aot": {"kernels", "tiled"},
     "trial": {"kernels.launch"},
 }
