@@ -1,0 +1,176 @@
+"""`CrossAttention`: a sequence reads another one; projections, norms and a gate around `cross_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crossattn_kernels.functional import cross_attention
+from crossattn_kernels.layers.heads import merge_heads, split_heads
+from crossattn_kernels.masks import Mask
+from crossattn_kernels.problem import one_of
+
+
+class ContextCache(NamedTuple):
+    """A projected context: k and v are (B, kv_heads, N, head_dim); a batch of 1 serves every batch entry of x."""
+
+    k: Tensor
+    v: Tensor
+
+
+class CrossAttention(nn.Module):
+    """residual + gate * o_proj(attention of norm(x) to context_norm(context)).
+
+    dim, context_dim: channels of x and of the context; context_dim=None means dim.
+    heads, kv_heads: query heads, and key heads, which divide them (kv_heads=None: as many).
+    head_dim: channels of a head; None means dim // heads.
+    bias: whether the four projections have one.
+    qk_norm: RMSNorm over the channels of each head of q and of k, after the projections (`q_norm`, `k_norm`).
+    gate: None, or a learnt factor tanh(gate) which starts at 0, so that a new layer adds nothing:
+        "scalar", (1,): one for the layer, as in Flamingo and Mllama;
+        "head", (heads,): one a head, before `o_proj`, so that the bias of `o_proj`, if any, is not gated;
+        "channel", (dim,): one a channel of the output, after `o_proj`, as Idefics' `alpha_type="vector"`.
+    dropout: share of the attention weights dropped in training.
+    norm, context_norm: what normalises x and the context: a class or a function called as norm(channels, device=...,
+        dtype=...), e.g. `nn.LayerNorm`, `nn.RMSNorm` or `functools.partial(nn.LayerNorm, eps=1e-6)`; None: none.
+
+    Initialisation: projections Xavier uniform with biases 0, norms their own, gates 0.
+    State dict: norm, context_norm, q_proj, k_proj, v_proj, o_proj (each .weight and, with bias, .bias), q_norm.weight,
+    k_norm.weight, gate; those which exist.
+    Projections are called, so adapters, quantisation and sharding may replace them.
+    Raises ValueError (sizes, names) and TypeError (types).
+    Sources: attention, https://arxiv.org/abs/1706.03762; gates, https://arxiv.org/abs/2204.14198 (Flamingo);
+    norms of q and k, https://arxiv.org/abs/2302.05442; shared key heads, https://arxiv.org/abs/2305.13245.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int | None = None,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        qk_norm: bool = False,
+        gate: str | None = None,
+        dropout: float = 0.0,
+        norm: Callable[..., nn.Module] | None = nn.LayerNorm,
+        context_norm: Callable[..., nn.Module] | None = nn.LayerNorm,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and dim % heads:
+            raise ValueError(f"heads must divide dim unless head_dim is given, got dim={dim} and heads={heads}")
+        self.dim, self.context_dim = dim, context_dim or dim
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.head_dim = head_dim or dim // heads
+        if heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads, got heads={heads} and kv_heads={kv_heads}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.dropout = dropout
+        self.gate_kind = one_of("gate", gate, (None, "scalar", "head", "channel"))
+
+        place: dict[str, Any] = dict(device=device, dtype=dtype)
+        inner, shared = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.norm = norm(self.dim, **place) if norm else nn.Identity()
+        self.context_norm = context_norm(self.context_dim, **place) if context_norm else nn.Identity()
+        self.q_proj = nn.Linear(self.dim, inner, bias, **place)
+        self.k_proj = nn.Linear(self.context_dim, shared, bias, **place)
+        self.v_proj = nn.Linear(self.context_dim, shared, bias, **place)
+        self.o_proj = nn.Linear(inner, self.dim, bias, **place)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **place) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **place) if qk_norm else nn.Identity()
+        sizes = {"scalar": 1, "head": heads, "channel": dim}
+        self.gate = None if gate is None else nn.Parameter(torch.empty(sizes[gate], **place))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights, see "Initialisation"."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        for norm in (self.norm, self.context_norm, self.q_norm, self.k_norm):
+            if callable(reset := getattr(norm, "reset_parameters", None)):
+                reset()
+        if self.gate is not None:
+            nn.init.zeros_(self.gate)
+
+    def project_context(self, context: Tensor) -> ContextCache:
+        """Keys and values of a context, (B, N, context_dim): for a fixed one, do it once and use it at every step.
+
+        Gradients flow through what it returns.  It holds for this layer only.
+        """
+        self._check("context", context, self.context_dim)
+        context = self.context_norm(context)
+        return ContextCache(self.k_norm(self._split(self.k_proj(context))), self._split(self.v_proj(context)))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Mask | Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        context_cache: ContextCache | None = None,
+    ) -> Tensor:
+        """(B, M, dim): what x takes from the context, plus `residual`.
+
+        x: (B, M, dim)   context: (B, N, context_dim), or instead `context_cache`, which `project_context` returned
+        mask: a `Mask`, or a tensor with SDPA's meaning (bool: True may attend; float: added to the logits).
+        residual: (B, M, dim), usually x; it is added within the output projection where that changes nothing.
+
+        The same bits with a context and with its cache.  A query that sees no key takes nothing.
+        """
+        self._check("x", x, self.dim)
+        if context is not None and context_cache is None:
+            context_cache = self.project_context(context)
+        elif context is not None or context_cache is None:
+            raise ValueError("give either context or context_cache, got " + ("neither" if context is None else "both"))
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+        k, v = context_cache
+        q = self.q_norm(self._split(self.q_proj(self.norm(x))))
+
+        # one factor for all commutes with a product by a matrix, but not with a bias, nor with what an adapter may do
+        folds = is_plain(self.o_proj) and self.o_proj.bias is None
+        early = self.gate_kind == "head" or (self.gate_kind == "scalar" and folds)
+        y = cross_attention(
+            q, k, v, mask, gate=self.gate if early else None, dropout_p=self.dropout if self.training else 0.0
+        )
+        y = merge_heads(y)
+        late = None if early else self.gate
+        # under autocast the residual may be wider than the product, which must not round it
+        if folds and late is None and residual is not None and residual.dtype == y.dtype:
+            return torch.addmm(residual.flatten(0, 1), y.flatten(0, 1), self.o_proj.weight.t()).view_as(residual)
+        y = self.o_proj(y)
+        if late is not None:
+            y = late.tanh() * y
+        return y if residual is None else residual + y
+
+    def _split(self, x: Tensor) -> Tensor:
+        # under tensor parallelism only some of the heads arrive
+        return split_heads(x, x.shape[-1] // self.head_dim)
+
+    def _check(self, name: str, x: Tensor, channels: int) -> None:
+        if x.ndim != 3 or x.shape[2] != channels:
+            raise ValueError(f"{name} must have the shape (batch, sequence, {channels}), got {tuple(x.shape)}")
+
+    def extra_repr(self) -> str:
+        said = f"dim={self.dim}, context_dim={self.context_dim}, heads={self.heads}, kv_heads={self.kv_heads}"
+        said += f", head_dim={self.head_dim}"
+        said += "" if self.gate is None else f", gate={self.gate_kind!r}"
+        return said + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module is F.linear with its weight: no adapter, quantisation, sharding, hook or the like."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    # accelerate replaces `forward` of the instance; a quantised or sharded weight is a subclass of Parameter
+    untouched = type(module) is nn.Linear and "forward" not in vars(module) and not any(hooks)
+    return untouched and type(module.weight) is nn.Parameter
