@@ -287,6 +287,7 @@ def test_compiles_into_one_graph(gate):
     x, context = draw()
     named = dict(layer.named_parameters()) | {"x": x, "context": context}
     y = layer(x, context, MASK, residual=x)
+    torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, context, MASK, residual=x)
     assert_close(compiled, y)
     assert_close(gradients(compiled, named), gradients(y, named))
