@@ -95,9 +95,7 @@ class CrossAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
-        for norm in (self.norm, self.context_norm, self.q_norm, self.k_norm):
-            if callable(reset := getattr(norm, "reset_parameters", None)):
-                reset()
+        reset(self.norm, self.context_norm, self.q_norm, self.k_norm)
         if self.gate is not None:
             nn.init.zeros_(self.gate)
 
@@ -174,3 +172,10 @@ def is_plain(module: nn.Module) -> bool:
     # accelerate replaces `forward` of the instance; a quantised or sharded weight is a subclass of Parameter
     untouched = type(module) is nn.Linear and "forward" not in vars(module) and not any(hooks)
     return untouched and type(module.weight) is nn.Parameter
+
+
+def reset(*modules: nn.Module) -> None:
+    """`reset_parameters` of each module that has it."""
+    for module in modules:
+        if callable(draw := getattr(module, "reset_parameters", None)):
+            draw()
