@@ -256,6 +256,15 @@ def test_one_context_serves_a_batch():
     assert_close(layer(x, context_cache=cache), layer(x, context[:1].expand(B, -1, -1)))
 
 
+def test_one_sequence_reads_every_context_of_a_batch():
+    layer = double("scalar")
+    x, context = draw()
+    full = x[:1].expand(B, -1, -1)
+    expected = layer(full, context, MASK, residual=full)
+    assert_close(layer(x[:1], context, MASK, residual=x[:1]), expected)
+    assert_close(layer(x[:1], context, MASK, residual=full), expected)
+
+
 # ---- as a module ----
 
 
@@ -333,6 +342,7 @@ def test_repr():
     [
         (dict(dim=30), "dim=30 and heads=8"),
         (dict(dim=32, kv_heads=3), "heads=8 and kv_heads=3"),
+        (dict(dim=32, kv_heads=0), "heads=8 and kv_heads=0"),
         (dict(dim=32, gate="channels"), "gate must be one of .*'channels'"),
         (dict(dim=32, dropout=1.0), r"dropout must be in \[0, 1\)"),
     ],
@@ -350,7 +360,7 @@ def test_wrong_calls():
         lambda: layer(x, context[0]): r"context must have the shape \(batch, sequence, 24\), got \(7, 24\)",
         lambda: layer(x): "either context or context_cache, got neither",
         lambda: layer(x, context, context_cache=cache): "either context or context_cache, got both",
-        lambda: layer(x, context, residual=x[:1]): r"residual must have the shape of x, \(2, 5, 32\), got \(1, 5, 32\)",
+        lambda: layer(x, context, residual=x[:, :4]): r"residual must have the shape \(2, 5, 32\), .* got \(2, 4, 32\)",
         lambda: layer(x, context_cache=cache._replace(k=x)): "k must have 4 dimensions",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -63,12 +63,12 @@ class CrossAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % heads:
+        if heads < 1 or (head_dim is None and dim % heads):
             raise ValueError(f"heads must divide dim unless head_dim is given, got dim={dim} and heads={heads}")
-        self.dim, self.context_dim = dim, context_dim or dim
-        self.heads, self.kv_heads = heads, kv_heads or heads
-        self.head_dim = head_dim or dim // heads
-        if heads % self.kv_heads:
+        self.dim, self.context_dim = dim, dim if context_dim is None else context_dim
+        self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
+        self.head_dim = dim // heads if head_dim is None else head_dim
+        if self.kv_heads < 1 or heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads, got heads={heads} and kv_heads={kv_heads}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
@@ -123,16 +123,18 @@ class CrossAttention(nn.Module):
         mask: a `Mask`, or a tensor with SDPA's meaning (bool: True may attend; float: added to the logits).
         residual: (B, M, dim), usually x; it is added within the output projection where that changes nothing.
 
-        The same bits with a context and with its cache.  A query that sees no key takes nothing.
+        A batch of 1, of x, of the context or of the residual, serves every batch entry of the others.
+        The same bits with a context and with its cache.  A query that sees no key takes 0 from attention.
         """
         self._check("x", x, self.dim)
         if context is not None and context_cache is None:
             context_cache = self.project_context(context)
         elif context is not None or context_cache is None:
             raise ValueError("give either context or context_cache, got " + ("neither" if context is None else "both"))
-        if residual is not None and residual.shape != x.shape:
-            raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
         k, v = context_cache
+        full = (max(x.shape[0], k.shape[0]), *x.shape[1:])
+        if residual is not None and tuple(residual.shape) not in (full, (1, *full[1:])):
+            raise ValueError(f"residual must have the shape {full}, or a batch of 1, got {tuple(residual.shape)}")
         q = self.q_norm(self._split(self.q_proj(self.norm(x))))
 
         # one factor for all commutes with a product by a matrix, but not with a bias, nor with what an adapter may do
@@ -144,7 +146,7 @@ class CrossAttention(nn.Module):
         y = merge_heads(y)
         late = None if early else self.gate
         # under autocast the residual may be wider than the product, which must not round it
-        if folds and late is None and residual is not None and residual.dtype == y.dtype:
+        if residual is not None and folds and late is None and (residual.shape, residual.dtype) == (full, y.dtype):
             return torch.addmm(residual.flatten(0, 1), y.flatten(0, 1), self.o_proj.weight.t()).view_as(residual)
         y = self.o_proj(y)
         if late is not None:
