@@ -1,0 +1,137 @@
+"""Flamingo's gated cross-attention: text looks at the media before it, and at first not at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from crossattn_kernels.functional import cross_attention
+from crossattn_kernels.layers.heads import merge_heads, split_heads
+from crossattn_kernels.masks import Mask
+
+
+def feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
+    """LayerNorm, projection to mult * dim, GELU and back, without biases: (..., dim) -> (..., dim)."""
+    inner = int(dim * mult)
+    return nn.Sequential(
+        nn.LayerNorm(dim), nn.Linear(dim, inner, bias=False), nn.GELU(), nn.Linear(inner, dim, bias=False)
+    )
+
+
+def reset_linear(module: nn.Module) -> None:
+    """PyTorch's own initialisation of every projection and normalisation inside."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.LayerNorm)):
+            part.reset_parameters()
+
+
+class MaskedCrossAttention(nn.Module):
+    """tanh(gate) * attention of normalised text to media, between projections without biases.
+
+    x: (B, M, dim)   media: (B, N, dim_visual)   result: (B, M, dim)
+    mask: which keys each text token sees.   gate: as `cross_attention` takes it, the same for all heads and channels.
+    """
+
+    def __init__(self, dim: int, dim_visual: int, dim_head: int, heads: int) -> None:
+        super().__init__()
+        inner = dim_head * heads
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim_visual, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+    def forward(self, x: Tensor, media: Tensor, mask: Mask | None, gate: Tensor) -> Tensor:
+        k, v = self.to_kv(media).chunk(2, -1)
+        q, k, v = (split_heads(t, self.heads) for t in (self.to_q(self.norm(x)), k, v))
+        # a gate of one number a token may stand before to_out, because that has no bias
+        return self.to_out(merge_heads(cross_attention(q, k, v, mask, gate=gate, empty_rows="uniform")))
+
+
+class GatedCrossAttentionBlock(nn.Module):
+    """x + tanh(attn_gate) * attention(x, media), then x + tanh(ff_gate) * feed_forward(x).
+
+    dim: width of text.  dim_visual: width of media; default dim.  dim_head, heads: inner width is dim_head * heads.
+    ff_mult: width inside the feed-forward, in dim.
+    only_attend_immediate_media: text sees the latest medium before it ("latest"); False: all media before it.
+
+    Loads the state dicts of open_flamingo and of flamingo-pytorch, whose parameter names it has.
+    Initialisation: both gates 0, so that the block is the identity; all else as PyTorch does.
+    Source: Flamingo, https://arxiv.org/abs/2204.14198, sections 2.2 and 2.3.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_visual: int | None = None,
+        *,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: int = 4,
+        only_attend_immediate_media: bool = True,
+    ) -> None:
+        super().__init__()
+        self.only_attend_immediate_media = only_attend_immediate_media
+        self.attn = MaskedCrossAttention(dim, dim_visual or dim, dim_head, heads)
+        self.attn_gate = nn.Parameter(torch.empty(1))
+        self.ff = feed_forward(dim, ff_mult)
+        self.ff_gate = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        reset_linear(self)
+        nn.init.zeros_(self.attn_gate)
+        nn.init.zeros_(self.ff_gate)
+
+    def extra_repr(self) -> str:
+        return f"only_attend_immediate_media={self.only_attend_immediate_media}"
+
+    def forward(
+        self, x: Tensor, media: Tensor, media_locations: Tensor | None = None, use_cached_media: bool = False
+    ) -> Tensor:
+        """
+        x: (B, M, dim), text   media: (B, T, n, dim_visual), T media of n tokens each
+        media_locations: bool (B, M), True where a medium is mentioned; None: all text sees all media.
+        use_cached_media: all of x comes after the whole prompt, whose media_locations, (B, any length), are given.
+
+        Text after m mentions sees the m-th medium, or the first m.  As in both libraries, text before the first
+        mention gets 0 where it would see the latest medium, and the mean over all media where it would see all before
+        it; text after more mentions than media gets that mean too where it would see the latest.
+
+        Returns (B, M, dim).  Raises ValueError if shapes do not fit.
+        """
+        if x.ndim != 3 or media.ndim != 4:
+            raise ValueError(
+                f"x must be (B, M, dim) and media (B, T, n, dim_visual), got {tuple(x.shape)} and {tuple(media.shape)}"
+            )
+        mask: Mask | None = None
+        gate: Tensor = self.attn_gate
+        if media_locations is not None:
+            mentions = _mentions(media_locations, x, use_cached_media)
+            mask = _ranges(mentions, media.shape[2], self.only_attend_immediate_media)
+            if self.only_attend_immediate_media:
+                gate = gate * (mentions > 0)[..., None]
+        elif use_cached_media:
+            raise ValueError("use_cached_media needs media_locations, those of the whole prompt")
+        x = x + self.attn(x, media.flatten(1, 2), mask, gate)
+        return x + self.ff(x) * self.ff_gate.tanh()
+
+
+def _mentions(locations: Tensor, x: Tensor, whole_prompt: bool) -> Tensor:
+    """How many media were mentioned up to each token of x, this one included: (B, 1, M), or (B, 1, 1) for all."""
+    if locations.ndim != 2 or (locations.shape[1] != x.shape[1] and not whole_prompt):
+        raise ValueError(f"media_locations must be (B, M), got {tuple(locations.shape)}: x is {tuple(x.shape)}")
+    locations = locations.bool()[:, None]
+    return locations.sum(-1, keepdim=True) if whole_prompt else locations.cumsum(-1)
+
+
+def _ranges(mentions: Tensor, tokens: int, latest: bool) -> Mask:
+    """What text after so many mentions sees of media of `tokens` keys each: a pair of ranges, like `Mask.media`."""
+    if not latest:
+        return Mask(end=mentions * tokens)
+    # text before the first medium is shut by its gate; that it sees that medium spares it the mean over all
+    start = (mentions - 1).clamp(min=0) * tokens
+    return Mask(start=start, end=start + tokens)
