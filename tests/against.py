@@ -17,19 +17,19 @@ def draw_weights(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def results(module, inputs, seed=1, **rest):
-    """{name: outputs, gradients of inputs and of parameters} of module(*inputs, **rest); None is not differentiated."""
-    inputs = [
-        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
-    ]
+def results(module, inputs, **rest):
+    """{name: outputs, gradients of inputs and of parameters} of module(**inputs, **rest); rest has no gradients."""
+    inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     module.zero_grad()
-    outputs = module(*inputs, **rest)
+    outputs = module(**inputs, **rest)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(1)
     sum((y * torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)).sum() for y in outputs).backward()
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    found |= {f"input {i}": x.grad for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.requires_grad}
-    return found | {name: p.grad for name, p in module.named_parameters()}
+    found |= {f"input {name}": x.grad for name, x in inputs.items()}
+    # a compiled module and a wrapped one have the parameters of the one inside
+    inner = ("_orig_mod.", "wrapped.")
+    return found | {name.removeprefix(inner[0]).removeprefix(inner[1]): p.grad for name, p in module.named_parameters()}
 
 
 def worst(got, want):

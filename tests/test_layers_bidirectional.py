@@ -45,12 +45,12 @@ LXMERT = LxmertConfig(
 class BothWays(nn.Module):
     """LXMERT's layer as `LxmertXLayer.cross_att` calls it."""
 
-    def __init__(self, layer):
+    def __init__(self, wrapped):
         super().__init__()
-        self.layer = layer
+        self.wrapped = wrapped
 
     def forward(self, language, vision, language_mask=None, vision_mask=None):
-        return self.layer(language, vision, vision_mask)[0], self.layer(vision, language, language_mask)[0]
+        return self.wrapped(language, vision, vision_mask)[0], self.wrapped(vision, language, language_mask)[0]
 
 
 def lxmert_pair(dtype=torch.float64):
@@ -61,8 +61,8 @@ def lxmert_pair(dtype=torch.float64):
     return ours, BothWays(theirs)
 
 
-def theirs_named(found):
-    return {name.removeprefix("layer."): t for name, t in found.items() if name not in ("input 2", "input 3")}
+def lxmert_results(module, dtype, **masks):
+    return results(module, dict(zip(("language", "vision"), inputs(dtype))), **masks)
 
 
 def additive(kept, dtype):
@@ -74,18 +74,18 @@ def additive(kept, dtype):
 @DTYPES
 def test_lxmert(dtype, tolerance, masked):
     ours, theirs = lxmert_pair(dtype)
-    kept = [keep(M), keep(N)] if masked else []
-    got = results(ours, (*inputs(dtype), *map(Mask.key_padding, kept)))
-    want = results(theirs, (*inputs(dtype), *(additive(k, dtype) for k in kept)))
-    assert_same(got, theirs_named(want), tolerance)
+    kept = dict(language_mask=keep(M), vision_mask=keep(N)) if masked else {}
+    got = lxmert_results(ours, dtype, **{name: Mask.key_padding(k) for name, k in kept.items()})
+    want = lxmert_results(theirs, dtype, **{name: additive(k, dtype) for name, k in kept.items()})
+    assert_same(got, want, tolerance)
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["padded", "padding only"])
 @DTYPES
 def test_lxmert_additive_masks_are_understood(dtype, tolerance, empty):
     ours, theirs = lxmert_pair(dtype)
-    arguments = (*inputs(dtype), *(additive(keep(n, empty), dtype) for n in (M, N)))
-    assert_same(theirs_named(results(ours, arguments)), theirs_named(results(theirs, arguments)), tolerance)
+    masks = dict(language_mask=additive(keep(M, empty), dtype), vision_mask=additive(keep(N, empty), dtype))
+    assert_same(lxmert_results(ours, dtype, **masks), lxmert_results(theirs, dtype, **masks), tolerance)
 
 
 @DTYPES
@@ -133,12 +133,12 @@ GROUNDING = GroundingDinoConfig(d_model=DIM, encoder_ffn_dim=2 * 32, encoder_att
 
 
 class OutputsOnly(nn.Module):
-    def __init__(self, attention):
+    def __init__(self, wrapped):
         super().__init__()
-        self.layer = attention
+        self.wrapped = wrapped
 
-    def forward(self, *inputs):
-        (vision, _), (text, _) = self.layer(*inputs)
+    def forward(self, vision, text, vision_attention_mask=None, text_attention_mask=None):
+        (vision, _), (text, _) = self.wrapped(vision, text, vision_attention_mask, text_attention_mask)
         return vision, text
 
 
@@ -149,8 +149,8 @@ def grounding_pair(dtype=torch.float64):
     return ours, OutputsOnly(theirs)
 
 
-def grounding_results(module, dtype, *masks):
-    return {n.removeprefix("layer."): t for n, t in results(module, (*inputs(dtype), *masks)).items()}
+def grounding_results(module, dtype, **masks):
+    return results(module, dict(zip(("vision", "text"), inputs(dtype))), **masks)
 
 
 @pytest.mark.parametrize("masked", ["", "text", "vision", "both"])
@@ -158,19 +158,20 @@ def grounding_results(module, dtype, *masks):
 def test_grounding_dino(dtype, tolerance, masked):
     """True is padding."""
     ours, theirs = grounding_pair(dtype)
-    masks = (~keep(M) if masked in ("vision", "both") else None, ~keep(N) if masked in ("text", "both") else None)
-    assert_same(grounding_results(ours, dtype, *masks), grounding_results(theirs, dtype, *masks), tolerance)
+    masks = dict(vision_attention_mask=~keep(M), text_attention_mask=~keep(N))
+    masks = {name: padding for name, padding in masks.items() if masked in ("both", name.partition("_")[0])}
+    assert_same(grounding_results(ours, dtype, **masks), grounding_results(theirs, dtype, **masks), tolerance)
 
 
 def test_grounding_dino_padding_only_gives_the_bias_not_nan():
     ours, theirs = grounding_pair()
-    masks = (None, ~keep(N, empty=True))
-    got, want = ours(*inputs(), *masks), theirs(*inputs(), *masks)
+    masks = dict(text_attention_mask=~keep(N, empty=True))
+    got, want = ours(*inputs(), **masks), theirs(*inputs(), **masks)
     assert want[0][0].isnan().all()
     torch.testing.assert_close(got[0][0], ours.out_vision_proj.bias.expand(M, -1))
     torch.testing.assert_close(got[0][1:], want[0][1:], rtol=0, atol=1e-11)
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-11)
-    assert all(g.isfinite().all() for g in grounding_results(ours, torch.float64, *masks).values())
+    assert all(g.isfinite().all() for g in grounding_results(ours, torch.float64, **masks).values())
 
 
 def test_grounding_dino_two_widths():
@@ -204,11 +205,11 @@ def test_bf16(make):
         assert y.dtype == torch.bfloat16 and (y - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-@pytest.mark.parametrize("make", [lxmert_pair, grounding_pair])
-def test_compiles_in_one_graph(make):
+@pytest.mark.parametrize("make, run", [(lxmert_pair, lxmert_results), (grounding_pair, grounding_results)])
+def test_compiles_in_one_graph(make, run):
     ours, _ = make()
-    compiled = results(torch.compile(ours, fullgraph=True, backend="aot_eager"), inputs())
-    assert_same({name.removeprefix("_orig_mod."): t for name, t in compiled.items()}, results(ours, inputs()))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert_same(run(compiled, torch.float64), run(ours, torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -239,10 +240,11 @@ def test_heads_must_divide_the_width():
         BiMultiheadAttention(DIM, DIM, 32, 5)
 
 
-@pytest.mark.parametrize("make, module", [(lxmert_pair, bert), (grounding_pair, bidirectional)])
-def test_these_tests_can_fail(make, module, monkeypatch):
+@pytest.mark.parametrize(
+    "make, run, module", [(lxmert_pair, lxmert_results, bert), (grounding_pair, grounding_results, bidirectional)]
+)
+def test_these_tests_can_fail(make, run, module, monkeypatch):
     """An error of 1 % in attention is found."""
     monkeypatch.setattr(module, "cross_attention", lambda *args, **rest: 1.01 * cross_attention(*args, **rest))
     ours, theirs = make(torch.float32)
-    want = {n.removeprefix("layer."): t for n, t in results(theirs, inputs(torch.float32)).items()}
-    assert worst(results(ours, inputs(torch.float32)), want)[0] > 50 * 2e-5
+    assert worst(run(ours, torch.float32), run(theirs, torch.float32))[0] > 50 * 2e-5

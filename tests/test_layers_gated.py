@@ -64,7 +64,11 @@ def flamingo_pytorch_pair(latest, dtype=torch.float64):
 def inputs(dtype=torch.float64, B=3, M=10, T=3, n=5, dim=16):
     g = torch.Generator().manual_seed(2)
     x = torch.randn(B, M, dim, generator=g, dtype=torch.float64)
-    return x.to(dtype), torch.randn(B, T, n, dim, generator=g, dtype=torch.float64).to(dtype)
+    return {"x": x.to(dtype), "media": torch.randn(B, T, n, dim, generator=g, dtype=torch.float64).to(dtype)}
+
+
+def locations(mode):
+    return dict(media_locations=golden(f"gated/text before the first medium: {mode}/")["locations"])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -72,16 +76,15 @@ def inputs(dtype=torch.float64, B=3, M=10, T=3, n=5, dim=16):
 def test_flamingo_pytorch(situation, mode):
     """It knows no cached media."""
     ours, theirs = flamingo_pytorch_pair(MODES[mode])
-    case = golden(f"gated/{situation}: {mode}/")
-    arguments = (*inputs(), case.get("locations"))
-    assert_same(results(ours, arguments), results(theirs, arguments))
+    given = dict(media_locations=golden(f"gated/{situation}: {mode}/").get("locations"))
+    assert_same(results(ours, inputs(), **given), results(theirs, inputs(), **given))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_flamingo_pytorch_in_fp32(mode):
     ours, theirs = flamingo_pytorch_pair(MODES[mode], torch.float32)
-    arguments = (*inputs(torch.float32), golden(f"gated/text before the first medium: {mode}/")["locations"])
-    assert_same(results(ours, arguments), results(theirs, arguments), 2e-5)
+    x, given = inputs(torch.float32), locations(mode)
+    assert_same(results(ours, x, **given), results(theirs, x, **given), 2e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -89,17 +92,16 @@ def test_gates_start_at_zero_with_a_gradient(mode):
     ours, theirs = flamingo_pytorch_pair(MODES[mode])
     for block in (ours, theirs):
         block.attn_gate.data.zero_()
-    arguments = (*inputs(), golden(f"gated/text before the first medium: {mode}/")["locations"])
-    got = results(ours, arguments)
-    assert_same(got, results(theirs, arguments))
+    got = results(ours, inputs(), **locations(mode))
+    assert_same(got, results(theirs, inputs(), **locations(mode)))
     assert got["attn_gate"].abs() > 0.1
 
 
 def test_a_new_block_is_the_identity():
-    block, (x, media) = GatedCrossAttentionBlock(16, dim_head=8, heads=2), inputs(torch.float32)
-    assert torch.equal(block(x, media), x)
+    block, given = GatedCrossAttentionBlock(16, dim_head=8, heads=2), inputs(torch.float32)
+    assert torch.equal(block(**given), given["x"])
     draw_weights(block).reset_parameters()
-    assert torch.equal(block(x, media), x)
+    assert torch.equal(block(**given), given["x"])
 
 
 # ---- the media mask ----
@@ -123,11 +125,11 @@ def test_the_mask_is_a_pair_of_ranges(monkeypatch):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_cached_media_go_on_where_the_prompt_ended(mode):
-    block, (x, media) = flamingo_pytorch_pair(MODES[mode])[0], inputs()
-    locations = golden(f"gated/every text after a medium: {mode}/")["locations"]
-    whole = block(x, media, locations)
-    assert not locations[:, 8:].any()
-    rest = block(x[:, 8:], media, locations, use_cached_media=True)
+    block, (x, media) = flamingo_pytorch_pair(MODES[mode])[0], inputs().values()
+    given = golden(f"gated/every text after a medium: {mode}/")["locations"]
+    whole = block(x, media, given)
+    assert not given[:, 8:].any()
+    rest = block(x[:, 8:], media, given, use_cached_media=True)
     torch.testing.assert_close(rest, whole[:, 8:], rtol=0, atol=1e-12)
 
 
@@ -136,19 +138,16 @@ def test_cached_media_go_on_where_the_prompt_ended(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_compiles_in_one_graph(mode):
-    block, (x, media) = flamingo_pytorch_pair(MODES[mode])[0], inputs()
-    locations = golden(f"gated/text before the first medium: {mode}/")["locations"]
+    block, _ = flamingo_pytorch_pair(MODES[mode])
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    want = results(block, (x, media, locations))
-    got = results(compiled, (x, media, locations))
-    assert_same({name.removeprefix("_orig_mod."): t for name, t in got.items()}, want)
+    assert_same(results(compiled, inputs(), **locations(mode)), results(block, inputs(), **locations(mode)))
 
 
 def test_bf16():
     ours, _ = flamingo_pytorch_pair(True, torch.bfloat16)
-    arguments = (*inputs(torch.bfloat16), golden("gated/text before the first medium: latest/")["locations"])
-    got = results(ours, arguments)
-    exact = results(ours.double(), [t.double() if t.is_floating_point() else t for t in arguments])
+    x, given = inputs(torch.bfloat16), locations("latest")
+    got = results(ours, x, **given)
+    exact = results(ours.double(), {name: t.double() for name, t in x.items()}, **given)
     assert got["output 0"].dtype == torch.bfloat16
     assert worst({n: t.double() for n, t in got.items()}, exact)[0] < 0.1
 
@@ -156,8 +155,8 @@ def test_bf16():
 def test_autocast():
     ours, _ = flamingo_pytorch_pair(True, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y = ours(*inputs(torch.float32))
-    assert (y - ours(*inputs(torch.float32))).abs().max() < 0.1 * y.abs().max()
+        y = ours(**inputs(torch.float32))
+    assert (y - ours(**inputs(torch.float32))).abs().max() < 0.1 * y.abs().max()
 
 
 def test_a_state_dict_that_does_not_fit_is_named():
@@ -174,13 +173,12 @@ def test_state_dict_goes_back():
 
 
 def test_says_what_it_is():
-    assert "only_attend_immediate_media=True" in repr(GatedCrossAttentionBlock(16)) and "heads=8" in repr(
-        GatedCrossAttentionBlock(16)
-    )
+    said = repr(GatedCrossAttentionBlock(16))
+    assert "only_attend_immediate_media=True" in said and "heads=8" in said
 
 
 def test_wrong_shapes():
-    block, (x, media) = GatedCrossAttentionBlock(16, dim_head=8, heads=2), inputs(torch.float32)
+    block, (x, media) = GatedCrossAttentionBlock(16, dim_head=8, heads=2), inputs(torch.float32).values()
     locations = torch.zeros(3, 9, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"media_locations must be \(B, M\), got \(3, 9\): x is \(3, 10, 16\)"):
         block(x, media, locations)
@@ -196,5 +194,5 @@ def test_these_tests_can_fail(monkeypatch):
     for mode in MODES:
         assert worst(*open_flamingo_pair(SITUATIONS[0], mode))[0] > 1e-3
         ours, theirs = flamingo_pytorch_pair(MODES[mode], torch.float32)
-        arguments = inputs(torch.float32)
-        assert worst(results(ours, arguments), results(theirs, arguments))[0] > 50 * 2e-5
+        x = inputs(torch.float32)
+        assert worst(results(ours, x), results(theirs, x))[0] > 50 * 2e-5

@@ -54,7 +54,7 @@ def renamed(found):
 def test_flamingo_pytorch(dtype, tolerance, shape):
     ours, theirs = flamingo_pytorch_pair(dtype)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
-    assert_same(results(ours, [x]), renamed(results(theirs, [x])), tolerance)
+    assert_same(results(ours, dict(x=x)), renamed(results(theirs, dict(x=x))), tolerance)
 
 
 def test_one_media_embedding_serves_all_media():
@@ -83,7 +83,7 @@ def test_the_first_queries_are_shared_by_the_batch(monkeypatch):
 def test_bf16():
     ours, _ = flamingo_pytorch_pair(torch.bfloat16)
     x = torch.randn(2, 3, 7, 16).bfloat16()
-    got, exact = results(ours, [x]), results(ours.double(), [x.double()])
+    got, exact = results(ours, dict(x=x)), results(ours.double(), dict(x=x.double()))
     assert got["output 0"].dtype == torch.bfloat16
     assert worst({n: t.double() for n, t in got.items()}, exact)[0] < 0.1
 
@@ -139,4 +139,4 @@ def test_these_tests_can_fail(monkeypatch):
         assert worst(*open_flamingo_pair(layer))[0] > 1e-3
     ours, theirs = flamingo_pytorch_pair(torch.float32)
     x = torch.randn(2, 3, 7, 16)
-    assert worst(results(ours, [x]), renamed(results(theirs, [x])))[0] > 50 * 2e-5
+    assert worst(results(ours, dict(x=x)), renamed(results(theirs, dict(x=x))))[0] > 50 * 2e-5

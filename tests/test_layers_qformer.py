@@ -32,8 +32,8 @@ def pair(layer_idx=0, text=False, dtype=torch.float64, implementation="eager", *
 
 def inputs(dtype=torch.float64, batch=B):
     g = torch.Generator().manual_seed(2)
-    x, image = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((batch, M, DIM), (B, N, CONTEXT)))
-    return x.to(dtype), image.to(dtype)
+    shapes = dict(hidden_states=(batch, M, DIM), encoder_hidden_states=(B, N, CONTEXT))
+    return {name: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
 
 
 def keep(n):
@@ -52,10 +52,9 @@ def additive(kept, dtype=torch.float64):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
 def test_queries(dtype, tolerance, layer_idx, padded):
     ours, theirs = pair(layer_idx, dtype=dtype)
-    x, image = inputs(dtype)
-    masks = (Mask.key_padding(keep(N)), additive(keep(N), dtype)) if padded else (None, None)
-    got, want = results(ours, (x, None, image, masks[0])), results(theirs, (x, None, image, masks[1], M))
-    want.pop("input 3", None)  # of the additive mask
+    mask, their_mask = (Mask.key_padding(keep(N)), additive(keep(N), dtype)) if padded else (None, None)
+    got = results(ours, inputs(dtype), encoder_attention_mask=mask)
+    want = results(theirs, inputs(dtype), encoder_attention_mask=their_mask, query_length=M)
     assert_same(got, want, tolerance)
 
 
@@ -63,43 +62,43 @@ def test_queries(dtype, tolerance, layer_idx, padded):
 def test_queries_and_text(query_length):
     """Both with padding; queries and text have a feed-forward each, and text does not see the image."""
     ours, theirs = pair(text=True)
-    x, image = inputs()
-    shown = keep(M) | (torch.arange(M) == 0)
-    got = results(ours, (x, Mask.key_padding(shown), image, Mask.key_padding(keep(N)), query_length))
-    want = results(theirs, (x, additive(shown), image, additive(keep(N)), query_length))
-    assert_same(got, {name: t for name, t in want.items() if name not in ("input 1", "input 3")})
+
+    def run(module, mask):
+        given = dict(attention_mask=mask(keep(M)), encoder_attention_mask=mask(keep(N)), query_length=query_length)
+        return results(module, inputs(), **given)
+
+    assert_same(run(ours, Mask.key_padding), run(theirs, additive))
 
 
 @pytest.mark.parametrize("form", ["bool", "additive"])
 def test_transformers_masks_are_understood(form):
     ours, _ = pair()
-    x, image = inputs()
     mask = keep(N)[:, None, None] if form == "bool" else additive(keep(N))
-    want = ours(x, None, image, Mask.key_padding(keep(N)))
-    torch.testing.assert_close(ours(x, None, image, mask), want, rtol=0, atol=1e-12)
+    want = results(ours, inputs(), encoder_attention_mask=Mask.key_padding(keep(N)))
+    assert_same(results(ours, inputs(), encoder_attention_mask=mask), want)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_an_image_of_padding_only(implementation):
     """A bool mask gives 0, as SDPA does; an additive one the mean, as the eager implementation does."""
     ours, theirs = pair(implementation=implementation)
-    x, image = inputs()
     kept = keep(N)
     kept[0] = False
     mask = kept[:, None, None].expand(-1, -1, M, -1) if implementation == "sdpa" else additive(kept)
-    torch.testing.assert_close(ours(x, None, image, mask), theirs(x, None, image, mask, M), rtol=0, atol=1e-11)
+    given = dict(encoder_attention_mask=mask, query_length=M)
+    assert_same(results(ours, inputs(), **given), results(theirs, inputs(), **given))
 
 
 def test_learned_queries_are_shared_by_the_batch():
     """One entry of queries for a batch of images: the same as a copy for each, and the gradient is the sum."""
     ours, theirs = pair()
-    x, image = inputs(batch=1)
-    got = results(ours, (x, None, image))
+    given = inputs(batch=1)
+    got = results(ours, given)
     assert got["output 0"].shape == (B, M, DIM)
-    assert_same(got, results(theirs, (x, None, image, None, M)))
-    copied = results(ours, (x.expand(B, -1, -1).contiguous(), None, image))
-    torch.testing.assert_close(got["output 0"], copied["output 0"], rtol=0, atol=1e-12)
-    torch.testing.assert_close(got["input 0"], copied["input 0"].sum(0, keepdim=True), rtol=0, atol=1e-10)
+    assert_same(got, results(theirs, given, query_length=M))
+    copied = results(ours, given | {"hidden_states": given["hidden_states"].repeat(B, 1, 1)})
+    copied["input hidden_states"] = copied["input hidden_states"].sum(0, keepdim=True)
+    assert_same(got, copied)
 
 
 # ---- the layer as a module ----
@@ -107,24 +106,21 @@ def test_learned_queries_are_shared_by_the_batch():
 
 def test_dropout_is_for_training():
     ours, _ = pair(attention_dropout=0.5, dropout=0.5)
-    x, image = inputs()
-    assert not torch.equal(ours(x, None, image), ours(x, None, image))
+    assert not torch.equal(ours(**inputs()), ours(**inputs()))
     ours.eval()
-    assert torch.equal(ours(x, None, image), ours(x, None, image))
+    assert torch.equal(ours(**inputs()), ours(**inputs()))
 
 
 def test_compiles_in_one_graph():
     ours, _ = pair()
-    arguments = (*inputs()[:1], None, inputs()[1])
-    compiled = results(torch.compile(ours, fullgraph=True, backend="aot_eager"), arguments)
-    assert_same({name.removeprefix("_orig_mod."): t for name, t in compiled.items()}, results(ours, arguments))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert_same(results(compiled, inputs()), results(ours, inputs()))
 
 
 def test_bf16():
     ours, _ = pair(dtype=torch.bfloat16)
-    x, image = inputs(torch.bfloat16)
-    y = ours(x, None, image, Mask.key_padding(keep(N)))
-    exact = ours.double()(x.double(), None, image.double(), Mask.key_padding(keep(N)))
+    y = ours(**inputs(torch.bfloat16))
+    exact = ours.double()(**{name: x.double() for name, x in inputs(torch.bfloat16).items()})
     assert y.dtype == torch.bfloat16 and (y - exact).abs().max() < 0.05 * exact.abs().max()
 
 
@@ -150,7 +146,7 @@ def test_initialisation():
 
 def test_wrong_calls():
     ours, _ = pair()
-    x, image = inputs()
+    x, image = inputs().values()
     with pytest.raises(ValueError, match="encoder_hidden_states must be given"):
         ours(x)
     with pytest.raises(ValueError, match=r"\(3, 6, 24\) has 2 rows of text after query_length=4 queries"):
@@ -163,5 +159,5 @@ def test_these_tests_can_fail(monkeypatch):
     """An error of 1 % in attention is found."""
     monkeypatch.setattr(bert, "cross_attention", lambda *args, **rest: 1.01 * cross_attention(*args, **rest))
     ours, theirs = pair(dtype=torch.float32)
-    x, image = inputs(torch.float32)
-    assert worst(results(ours, (x, None, image)), results(theirs, (x, None, image, None, M)))[0] > 50 * 2e-5
+    x = inputs(torch.float32)
+    assert worst(results(ours, x), results(theirs, x, query_length=M))[0] > 50 * 2e-5
