@@ -16,7 +16,16 @@ from torch import Tensor
 
 from crossattn_kernels.kernels.bounds import query_range, ranges_view, tile_ranges
 from crossattn_kernels.kernels.launch import Launcher
-from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, scores, through_softcap, touches
+from crossattn_kernels.kernels.scores import (
+    head_scale,
+    key_range,
+    logit_grad,
+    scale_sums,
+    scores,
+    store_scale_sums,
+    through_softcap,
+    touches,
+)
 from crossattn_kernels.kernels.softmax import across, down, load_row, softmax_grad, weighed
 from crossattn_kernels.kernels.tiles import (
     dot,
@@ -62,7 +71,7 @@ def delta_kernel(o, do, dlse, delta, Hq, M, C: tl.constexpr):
 
 @triton.jit
 def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, Hq, M, N, C: tl.constexpr):
-    """The sums over keys for BLOCK_M queries of one (b, h); for dq and scale also over the `batches` that share q."""
+    """The sums over keys for BLOCK_M queries of one (b, h); for dq also over the `batches` that share q."""
     tile, shared, h = program(tl.cdiv(M, C.BLOCK_M), Hq)
     rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
     d, dv = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
@@ -74,6 +83,7 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, Hq, M, N, C: tl.c
         do_tile = load_rows(do, b, h, rows, dv, M, C.DV)  # (BLOCK_M, BLOCK_DV)
         row = down(load_row(known, b, h, rows, M))
         gated = tl.zeros([C.BLOCK_M], tl.float32)
+        scaled = gated, gated, gated
         lo, hi = key_range(logits.mask, b, h, rows, M, N)
         for first in tl.range(lo // C.BLOCK_N * C.BLOCK_N, hi, C.BLOCK_N):
             keys = first + tl.arange(0, C.BLOCK_N)
@@ -83,16 +93,18 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, Hq, M, N, C: tl.c
                 qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
                 dyv = dot(do_tile, v_tile.T, None, C.TF32)
                 s = scores(qk, logits, scale, b, h, rows[:, None], keys[None, :], M, N)
-                p, ds = softmax_grad(s, dyv, row, drop, b, h, rows[:, None], keys[None, :], 1, C.ALONE)
+                p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows[:, None], keys[None, :], 1, C.ALONE)
                 if sums.gate is not None:
-                    gated += weighed(p, dyv, 1)
+                    gated += weighed(pv, dyv, 1)
+                if sums.scale is not None:
+                    scaled = scale_sums(scaled, p, ds, qk, logits, scale, b, h, rows[:, None], M, 1)
                 ds = through_softcap(logit_grad(ds, logits, b, h, rows[:, None], M), qk, logits, scale)
                 k_tile = finite(k_tile) if C.HIDES else k_tile
                 acc = dot(ds.to(k_tile.dtype), k_tile, acc, C.TF32)
         if sums.gate is not None:
             store_vec(sums.gate, b, h, rows, M, gated)
-    if sums.scale is not None:
-        store_vec(sums.scale, shared, h, rows, M, tl.sum(acc * q_tile.to(tl.float32), 1))
+        if sums.scale is not None:
+            store_scale_sums(sums.scale, b, h, rows, M, scaled)
     store_rows(sums.dq, shared, h, rows, d, M, C.D, acc * scale)
 
 
@@ -126,17 +138,19 @@ def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, 
                 kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
                 vdy = dot(v_tile, do_tile.T, None, C.TF32)
                 s = scores(kq, logits, scale, b, h, rows[None, :], keys[:, None], M, N)
-                p, ds = softmax_grad(s, vdy, row, drop, b, h, rows[None, :], keys[:, None], 0, C.ALONE)
+                p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, rows[None, :], keys[:, None], 0, C.ALONE)
+                if sums.scale is not None:
+                    no = tl.zeros([C.BLOCK_M], tl.float32)
+                    scaled = scale_sums((no, no, no), p, ds, kq, logits, scale, b, h, rows[None, :], M, 0)
+                    store_scale_sums(sums.scale, b, h, rows, M, scaled)
                 ds = through_softcap(logit_grad(ds, logits, b, h, rows[None, :], M), kq, logits, scale)
                 if sums.dq is not None:
                     if sums.gate is not None:
-                        store_vec(sums.gate, b, h, rows, M, weighed(p, vdy, 0))
-                    if sums.scale is not None:
-                        store_vec(sums.scale, b, h, rows, M, weighed(ds, kq, 0))
+                        store_vec(sums.gate, b, h, rows, M, weighed(pv, vdy, 0))
                     finite_k = finite(k_tile) if C.HIDES else k_tile
                     dq = dot(finite_k.T, (ds * scale).to(k_tile.dtype), None, C.TF32)  # (BLOCK_D, BLOCK_M)
                     store_rows(sums.dq, b, h, rows, d, M, C.D, dq.T)
-                dv_acc = dot((p * row.gate).to(do_tile.dtype), do_tile, dv_acc, C.TF32)
+                dv_acc = dot((pv * row.gate).to(do_tile.dtype), do_tile, dv_acc, C.TF32)
                 dk_acc = dot((ds * scale).to(q_tile.dtype), q_tile, dk_acc, C.TF32)
     entries = tl.num_programs(0) // (tl.cdiv(N, C.BLOCK_N) * (Hq // C.GROUP) * splits)
     store_rows(dk, split * entries + shared, hk, keys, d, N, C.D, dk_acc)
@@ -257,12 +271,12 @@ class Backward:
         return Gradients(k=self.folded(dk, x.k, "k"), v=self.folded(dv, x.v, "v"))
 
     def query_sums(self, entries: int, splits: int = 1) -> QuerySums:
-        """Room for the sums over keys, with several splits for those of each; that for scale is over `entries` of q."""
+        """Room for the sums over keys, with several splits for those of each; that of dq is over `entries` of q."""
         (B, Hq, M), gate = self.lse.shape, self.wanted.gate and not self.x.gate_varies
         return QuerySums(
             by_sequence(self.x.q, splits * entries // self.x.q.shape[0]),
             self.lse.new_empty(splits * B, Hq, M) if gate else None,
-            self.lse.new_empty(splits * entries, Hq, M) if self.wanted.scale else None,
+            self.lse.new_empty(splits * B, 3, Hq, M) if self.wanted.scale else None,
         )
 
     def summed(self, sums: QuerySums) -> dict[str, Tensor | None]:
@@ -272,7 +286,9 @@ class Backward:
         if sums.gate is not None:
             found["gate"] = self.through_tanh(sums.gate.unflatten(0, (-1, x.sizes[0])).double().sum(0)[..., None])
         if sums.scale is not None and x.scale is not None:
-            found["scale"] = sums.scale.unflatten(0, (-1, x.scale.shape[0])).sum((0, 3), dtype=torch.float64)
+            dsx, ds, px = sums.scale.unflatten(0, (-1, x.sizes[0])).double().sum(0).unbind(1)  # (B, Hq, M)
+            error = (0 if self.dlse is None else self.dlse) - ds
+            found["scale"] = (dsx + error * px).sum(-1).sum_to_size(x.scale.shape)
         return found
 
     def folded(self, parts: Tensor, like: Tensor, name: str) -> Tensor:

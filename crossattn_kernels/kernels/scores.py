@@ -9,7 +9,7 @@ import math
 import triton
 import triton.language as tl
 
-from crossattn_kernels.kernels.softmax import tanh
+from crossattn_kernels.kernels.softmax import tanh, weighed
 from crossattn_kernels.kernels.tiles import at, load_vec
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -67,6 +67,22 @@ def through_softcap(ds, qk, logits, scale):
         t = tanh(qk * (scale / logits.softcap))
         ds *= 1.0 - t * t
     return ds
+
+
+@triton.jit
+def scale_sums(sums, p, ds, qk, logits, scale, b, h, rows, M, KEYS: tl.constexpr):
+    """Sums over the keys for the gradient of scale: of ds * x, of ds and of p * x, x the slope of the logit.
+
+    ds adds up to dlse, but for the error that a 16-bit o puts into delta: ds * x is off by that error times p * x.
+    """
+    x = through_softcap(logit_grad(qk, logits, b, h, rows, M), qk, logits, scale)
+    return sums[0] + weighed(ds, x, KEYS), sums[1] + tl.sum(ds, KEYS), sums[2] + weighed(p, x, KEYS)
+
+
+@triton.jit
+def store_scale_sums(x, b, h, rows, M, sums):
+    for i in tl.static_range(3):
+        tl.store(at(x, (b, i, h, rows)), sums[i], mask=rows < M)
 
 
 @triton.jit

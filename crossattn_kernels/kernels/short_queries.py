@@ -9,7 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from crossattn_kernels.kernels.backward import Backward, by_sequence, sums_view
-from crossattn_kernels.kernels.scores import head_scale, logit_grad, scores, through_softcap
+from crossattn_kernels.kernels.scores import (
+    head_scale,
+    logit_grad,
+    scale_sums,
+    scores,
+    store_scale_sums,
+    through_softcap,
+)
 from crossattn_kernels.kernels.softmax import across, load_row, softmax_grad, weighed
 from crossattn_kernels.kernels.tiles import dot, finite, load_rows, packed_program, share, store_rows, store_vec
 from crossattn_kernels.kernels.views import Rows, rows_view
@@ -27,7 +34,8 @@ def short_queries_kernel(q, k, v, do, dk, dv, sums, known, logits, drop, splits,
     do_tile = load_rows(do, b, h, rows, e, M, C.DV)  # (BLOCK_M, BLOCK_DV)
     row = across(load_row(known, b, h, rows, M))
     dq_acc = tl.zeros([C.BLOCK_D, C.BLOCK_M], tl.float32)
-    gate_sum, scale_sum = tl.zeros([C.BLOCK_M], tl.float32), tl.zeros([C.BLOCK_M], tl.float32)
+    gate_sum = tl.zeros([C.BLOCK_M], tl.float32)
+    scale_sum = gate_sum, gate_sum, gate_sum
     lo, hi = share(0, N, split, splits, C.BLOCK_N)
     for first in tl.range(lo, hi, C.BLOCK_N):
         keys = first + tl.arange(0, C.BLOCK_N)
@@ -36,14 +44,14 @@ def short_queries_kernel(q, k, v, do, dk, dv, sums, known, logits, drop, splits,
         kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
         vdy = dot(v_tile, do_tile.T, None, C.TF32)
         s = scores(kq, logits, scale, b, heads, rows[None, :], keys[:, None], M, N)
-        p, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], keys[:, None], 0, C.ALONE)
-        ds = through_softcap(logit_grad(ds, logits, b, heads, rows[None, :], M), kq, logits, scale)
+        p, pv, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], keys[:, None], 0, C.ALONE)
         if sums.gate is not None:
-            gate_sum += weighed(p, vdy, 0)
+            gate_sum += weighed(pv, vdy, 0)
         if sums.scale is not None:
-            scale_sum += weighed(ds, kq, 0)
+            scale_sum = scale_sums(scale_sum, p, ds, kq, logits, scale, b, heads, rows[None, :], M, 0)
+        ds = through_softcap(logit_grad(ds, logits, b, heads, rows[None, :], M), kq, logits, scale)
         ds = (ds * scale).to(k_tile.dtype)
-        store_rows(dv, b, hk, keys, e, N, C.DV, dot((p * row.gate).to(do_tile.dtype), do_tile, None, C.TF32))
+        store_rows(dv, b, hk, keys, e, N, C.DV, dot((pv * row.gate).to(do_tile.dtype), do_tile, None, C.TF32))
         store_rows(dk, b, hk, keys, d, N, C.D, dot(ds, q_tile, None, C.TF32))
         k_tile = finite(k_tile) if C.HIDES else k_tile
         dq_acc = dot(k_tile.T, ds, dq_acc, C.TF32)
@@ -52,7 +60,7 @@ def short_queries_kernel(q, k, v, do, dk, dv, sums, known, logits, drop, splits,
     if sums.gate is not None:
         store_vec(sums.gate, at_split, h, rows, M, gate_sum)
     if sums.scale is not None:
-        store_vec(sums.scale, at_split, h, rows, M, scale_sum)
+        store_scale_sums(sums.scale, at_split, h, rows, M, scale_sum)
 
 
 def short_queries(run: Backward) -> Gradients:

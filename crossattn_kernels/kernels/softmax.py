@@ -107,7 +107,8 @@ def across(row):
 
 @triton.jit
 def softmax_grad(s, dyv, row, drop, b, h, rows, keys, KEYS: tl.constexpr, ALONE: tl.constexpr):
-    """(p, ds) of a tile from its logits and dy vᵀ; p as it multiplied v.  Hidden entries are 0, whatever dy vᵀ is.
+    """(p, pv, ds) of a tile from its logits and dy vᵀ; pv is p as it multiplied v, after dropout.  Hidden entries are
+    0, whatever dy vᵀ is.
 
     KEYS is the axis of the keys.  A tile that holds ALONE all keys gives p and rowsum(o * do) = rowsum(p * dp) afresh,
     which is exact where a row sees a single key; delta is then -dlse alone.
@@ -121,7 +122,7 @@ def softmax_grad(s, dyv, row, drop, b, h, rows, keys, KEYS: tl.constexpr, ALONE:
         dp -= tl.sum(p * dp, KEYS, keep_dims=True)
     else:
         p = tl.where(hidden, 0.0, tl.exp2(s - safe(row.pivot)) * row.inverse)
-    return kept(p, drop, b, h, rows, keys), tl.where(hidden, 0.0, p * (dp - row.delta))
+    return p, kept(p, drop, b, h, rows, keys), tl.where(hidden, 0.0, p * (dp - row.delta))
 
 
 @triton.jit

@@ -170,7 +170,7 @@ class QuerySums(NamedTuple):
 
     dq: Any = None  # scale * ds k
     gate: Any = None  # rowsum(p * dy vᵀ) = rowsum(dy * o)
-    scale: Any = None  # rowsum(ds * q kᵀ)
+    scale: Any = None  # what `scale_sums` adds up: (splits * B, 3, Hq, M)
     last: Any = LAST
 
 
