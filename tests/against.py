@@ -28,8 +28,8 @@ def results(module, inputs, **rest):
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     found |= {f"input {name}": x.grad for name, x in inputs.items()}
     # a compiled module and a wrapped one have the parameters of the one inside
-    inner = ("_orig_mod.", "wrapped.")
-    return found | {name.removeprefix(inner[0]).removeprefix(inner[1]): p.grad for name, p in module.named_parameters()}
+    inside = getattr(module, "_orig_mod", getattr(module, "wrapped", module))
+    return found | {name: p.grad for name, p in inside.named_parameters()}
 
 
 def worst(got, want):

@@ -126,9 +126,9 @@ def test_wrong_shapes():
     resampler = PerceiverResampler(16, 1, max_num_media=3, max_num_frames=2)
     with pytest.raises(ValueError, match=r"x must be \(B, n, dim\).*got \(2, 1, 1, 1, 7, 16\)"):
         resampler(torch.randn(2, 1, 1, 1, 7, 16))
-    with pytest.raises(ValueError, match=r"x \(2, 4, 7, 16\) holds 4, more than max_num_media=3"):
+    with pytest.raises(ValueError, match=r"x \(2, 4, 7, 16\) holds 4 media, more than max_num_media=3"):
         resampler(torch.randn(2, 4, 7, 16))
-    with pytest.raises(ValueError, match=r"x \(2, 3, 5, 7, 16\) holds 5, more than max_num_frames=2"):
+    with pytest.raises(ValueError, match=r"x \(2, 3, 5, 7, 16\) holds 5 frames, more than max_num_frames=2"):
         resampler(torch.randn(2, 3, 5, 7, 16))
 
 

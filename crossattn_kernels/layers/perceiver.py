@@ -106,12 +106,10 @@ class PerceiverResampler(nn.Module):
         if not 3 <= x.ndim <= 5:
             raise ValueError(f"x must be (B, n, dim), (B, T, n, dim) or (B, T, F, n, dim), got {tuple(x.shape)}")
         B, T, F = (*x.shape[:-2], 1, 1)[:3]
-        for name, embeddings, count in (
-            ("max_num_media", self.media_time_embs, T),
-            ("max_num_frames", self.frame_embs, F),
-        ):
+        for what, embeddings, count in (("media", self.media_time_embs, T), ("frames", self.frame_embs, F)):
             if embeddings is not None and count > len(embeddings) > 1:
-                raise ValueError(f"x {tuple(x.shape)} holds {count}, more than {name}={len(embeddings)}")
+                most = f"max_num_{what}={len(embeddings)}"
+                raise ValueError(f"x {tuple(x.shape)} holds {count} {what}, more than {most}")
         x = x.reshape(B, T, F, *x.shape[-2:])
         if self.frame_embs is not None:
             x = x + self.frame_embs[:F, None]
