@@ -30,6 +30,7 @@ class MaskedCrossAttention(nn.Module):
 
     x: (B, M, dim)   media: (B, N, dim_visual)   result: (B, M, dim)
     mask: which keys each text token sees.   gate: as `cross_attention` takes it, the same for all heads and channels.
+    looks: (B, M, 1); a query times 0 takes the mean over what it sees.
     """
 
     def __init__(self, dim: int, dim_visual: int, dim_head: int, heads: int) -> None:
@@ -44,11 +45,13 @@ class MaskedCrossAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
 
-    def forward(self, x: Tensor, media: Tensor, mask: Mask | None, gate: Tensor) -> Tensor:
-        k, v = self.to_kv(media).chunk(2, -1)
-        q, k, v = (split_heads(t, self.heads) for t in (self.to_q(self.norm(x)), k, v))
+    def forward(self, x: Tensor, media: Tensor, mask: Mask | None, gate: Tensor, looks: Tensor | None = None) -> Tensor:
+        q, (k, v) = self.to_q(self.norm(x)), self.to_kv(media).chunk(2, -1)
+        if looks is not None:
+            q = q * looks.to(q.dtype)
+        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         # a gate of one number a token may stand before to_out, because that has no bias
-        return self.to_out(merge_heads(cross_attention(q, k, v, mask, gate=gate, empty_rows="uniform")))
+        return self.to_out(merge_heads(cross_attention(q, k, v, mask, gate=gate)))
 
 
 class GatedCrossAttentionBlock(nn.Module):
@@ -107,16 +110,17 @@ class GatedCrossAttentionBlock(nn.Module):
             raise ValueError(
                 f"x must be (B, M, dim) and media (B, T, n, dim_visual), got {tuple(x.shape)} and {tuple(media.shape)}"
             )
-        mask: Mask | None = None
+        mask, looks = None, None
         gate: Tensor = self.attn_gate
         if media_locations is not None:
             mentions = _mentions(media_locations, x, use_cached_media)
-            mask = _ranges(mentions, media.shape[2], self.only_attend_immediate_media)
+            mask, finds = _ranges(mentions, media.shape[1], media.shape[2], self.only_attend_immediate_media)
+            looks = finds.transpose(1, 2)
             if self.only_attend_immediate_media:
                 gate = gate * (mentions > 0)[..., None]
         elif use_cached_media:
             raise ValueError("use_cached_media needs media_locations, those of the whole prompt")
-        x = x + self.attn(x, media.flatten(1, 2), mask, gate)
+        x = x + self.attn(x, media.flatten(1, 2), mask, gate, looks)
         return x + self.ff(x) * self.ff_gate.tanh()
 
 
@@ -128,10 +132,16 @@ def _mentions(locations: Tensor, x: Tensor, whole_prompt: bool) -> Tensor:
     return locations.sum(-1, keepdim=True) if whole_prompt else locations.cumsum(-1)
 
 
-def _ranges(mentions: Tensor, tokens: int, latest: bool) -> Mask:
-    """What text after so many mentions sees of media of `tokens` keys each: a pair of ranges, like `Mask.media`."""
+def _ranges(mentions: Tensor, count: int, tokens: int, latest: bool) -> tuple[Mask, Tensor]:
+    """What text after so many mentions sees of `count` media of `tokens` keys each, and where it finds a medium.
+
+    Text that finds none gets all keys, of which it is to take the mean; before the first mention the latest medium is
+    shut by the gate instead, and any range will do.
+    """
+    end = mentions * tokens
     if not latest:
-        return Mask(end=mentions * tokens)
-    # text before the first medium is shut by its gate; that it sees that medium spares it the mean over all
-    start = (mentions - 1).clamp(min=0) * tokens
-    return Mask(start=start, end=start + tokens)
+        finds = mentions > 0
+        return Mask(end=torch.where(finds, end, count * tokens)), finds
+    finds = mentions <= count
+    start = torch.where(finds, (end - tokens).clamp(min=0), 0)
+    return Mask(start=start, end=torch.where(finds, start + tokens, count * tokens)), finds
