@@ -1,0 +1,77 @@
+"""Cross-attention of transformers' models on this package.
+
+`register()` makes `attn_implementation="crossattn"` known; `apply(model)` moves the cross-attention of a live model,
+`restore(model)` moves it back, `report(model)` says what runs where.  transformers is imported when they are called.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from crossattn_kernels.integrations.transformers.survey import Report
+
+# at least the first, less than the second; as the extra in pyproject.toml says
+SUPPORTED = ("5.20", "6")
+
+
+def register() -> None:
+    """Make "crossattn" an attention implementation and a mask of transformers; to call it again changes nothing.
+
+    From then on `attn_implementation="crossattn"` works in `from_config`, `from_pretrained` and
+    `set_attn_implementation`: cross-attention runs here, self-attention on "sdpa".
+    Raises ImportError if transformers is missing or not supported.
+    """
+    _check_version()
+    from crossattn_kernels.integrations.transformers import interface
+
+    interface.register()
+
+
+def apply(model: nn.Module) -> Report:
+    """Run the cross-attention of a live model here; self-attention and what cannot be served stay where they are.
+
+    Parameters, state dict and hooks stay as they are.  To call it again changes nothing.  Either everything that can
+    be moved is moved, or an error is raised and nothing is.
+    Returns what `report(model)` returns.
+    Raises ValueError if the model has no cross-attention that can be moved.
+    """
+    _check_version()
+    from crossattn_kernels.integrations.transformers import changes
+
+    return changes.apply(model)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `apply`, and `attn_implementation="crossattn"`, which becomes "sdpa"; nothing to undo is no error."""
+    _check_version()
+    from crossattn_kernels.integrations.transformers import changes
+
+    changes.restore(model)
+
+
+def report(model: nn.Module) -> Report:
+    """Every attention module of a model: its kind, what it runs on, and why not here.  Print it, or read `.rows`."""
+    _check_version()
+    from crossattn_kernels.integrations.transformers import survey
+
+    return survey.report(model)
+
+
+def _check_version() -> None:
+    first, last = SUPPORTED
+    supported = f"transformers >= {first}, < {last}"
+    try:
+        installed = version("transformers")
+    except PackageNotFoundError:
+        raise ImportError(f"this needs {supported}: pip install 'crossattn_kernels[transformers]'") from None
+    if not _release(first) <= _release(installed) < _release(last):
+        raise ImportError(f"this needs {supported}, but {installed} is installed")
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version: (5, 23) of "5.23.0.dev0"."""
+    return tuple(int(part) for part in text.split(".")[:2])
