@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from crossattn_kernels.integrations.transformers import interface, survey
+from crossattn_kernels.integrations.transformers import interface, survey, swaps
 from crossattn_kernels.integrations.transformers.interface import NAME, Redirected
 
 # models that hand compact masks to their cross-attention
-MODELS = {
-    f"transformers.models.mllama.modeling_mllama.{name}": f"{survey.HERE}.mllama.{name}"
+CARRIERS = {
+    f"transformers.models.mllama.modeling_mllama.{name}": f"{__package__}.mllama.{name}"
     for name in ("MllamaModel", "MllamaTextModel")
 }
 ABSENT = object()
@@ -29,24 +29,22 @@ class Change(NamedTuple):
 
     def make(self) -> Change:
         """Make the change; returns the one that takes it back."""
-        before = (
-            getattr(self.target, self.name) if self.name == "__class__" else vars(self.target).get(self.name, ABSENT)
-        )
+        own = {"__class__": type(self.target), **vars(self.target)}
+        back = Change(self.target, self.name, own.get(self.name, ABSENT))
         if self.value is ABSENT:
             delattr(self.target, self.name)
         else:
             setattr(self.target, self.name, self.value)
-        return Change(self.target, self.name, before)
+        return back
 
 
 def apply(model: nn.Module) -> survey.Report:
     interface.register()
     found = list(survey.survey(model))
-    changes = [*_moves(found), *_models(model)]
     if not any(one.movable or one.implementation == NAME for one in found):
         many = f"none of its {len(found)} attention modules" if found else "no attention module"
         raise ValueError(f"nothing to replace in {type(model).__name__}: {many} is cross-attention that can run here")
-    make(changes)
+    make([*_swaps(model), *_moves(found)])
     return survey.report(model)
 
 
@@ -66,42 +64,51 @@ def make(changes: list[Change]) -> None:
         raise
 
 
+def _swaps(model: nn.Module) -> Iterator[Change]:
+    """Classes that do not ask the attention interface, and those that pass on what these need."""
+    known = swaps.find(model)
+    for path, module in model.named_modules():
+        replacement = known[path].replacement if path in known else _carrier(module)
+        if replacement is not None and type(module) is not replacement:
+            yield _of_class(module, replacement)
+
+
+def _carrier(module: nn.Module) -> type[nn.Module] | None:
+    where = CARRIERS.get(swaps.qualified_name(type(module)))
+    if where is None:
+        return None
+    home, _, name = where.rpartition(".")
+    return getattr(import_module(home), name)
+
+
 def _moves(found: list[survey.Attention]) -> Iterator[Change]:
-    """A model on sdpa gets our name, whose self-attention is sdpa and whose masks are compact.
+    """A model on sdpa gets our name, under which self-attention is sdpa and padding takes no memory.
 
     On anything else only the cross-attention is redirected, so that the rest does not notice.
     """
     renamed = set()
     for one in found:
-        if not one.movable:
-            continue
-        if one.replacement is not None:
-            yield Change(one.module, "__class__", one.replacement)
-        elif one.implementation == "sdpa":
-            config: Any = one.module.config
+        config: Any = getattr(one.module, "config", None)
+        if one.movable and one.replacement is None and one.implementation != "sdpa":
+            yield Change(one.module, "config", Redirected(config))
+        elif one.movable and one.replacement is None and id(config) not in renamed:
             renamed.add(id(config))
             yield Change(config, "_attn_implementation_internal", NAME)
-        else:
-            yield Change(one.module, "config", Redirected(one.module.config))
-    for one in found:
         if survey.asks_interface(one.module) and not hasattr(one.module, "crossattn_kind"):
             yield Change(one.module, "crossattn_kind", one.kind)
 
 
-def _models(model: nn.Module) -> Iterator[Change]:
-    for module in model.modules():
-        if survey.name_of(type(module)) in MODELS:
-            home, _, name = MODELS[survey.name_of(type(module))].rpartition(".")
-            swapped = getattr(import_module(home), name)
-            yield Change(module, "__class__", swapped)
-            # transformers asks for the outputs to record by the class of a model
-            _CAN_RECORD_REGISTRY.setdefault(str(swapped), module._can_record_outputs)
+def _of_class(module: nn.Module, replacement: type[nn.Module]) -> Change:
+    if hasattr(replacement, "_can_record_outputs"):
+        # transformers keeps the outputs to record by the class of a model
+        _CAN_RECORD_REGISTRY.setdefault(str(replacement), replacement._can_record_outputs)
+    return Change(module, "__class__", replacement)
 
 
 def _returns(model: nn.Module) -> Iterator[Change]:
     for module in model.modules():
         if survey.is_ours(module):
-            yield Change(module, "__class__", type(module).__bases__[0])
+            yield Change(module, "__class__", swaps.upstream_class(type(module)))
         if "crossattn_kind" in vars(module):
             yield Change(module, "crossattn_kind", ABSENT)
         config = getattr(module, "config", None)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from crossattn_kernels.functional import explain
+from crossattn_kernels.integrations.transformers import swaps
 from crossattn_kernels.integrations.transformers.interface import NAME
 from crossattn_kernels.integrations.transformers.kinds import kind_of
-from crossattn_kernels.integrations.transformers.swaps import SWAPS
 
-HERE = __package__
 OWN = "its own code"  # of a class that does not ask the attention interface
+STAYS = "self-attention stays"
 
 
 class Attention(NamedTuple):
@@ -60,11 +58,9 @@ class Report:
         return tuple(row for row in self.rows if row.runs_on.startswith(NAME))
 
     def __str__(self) -> str:
-        heading = Row("module", "class", "kind", "runs on", "note")
-        widths = [max(map(len, column)) for column in zip(heading, *self.rows)]
-        lines = [
-            "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in (heading, *self.rows)
-        ]
+        table = [Row("module", "class", "kind", "runs on", "note"), *self.rows]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in table]
         total = f"{self.model}: {len(self.served)} of {len(self.rows)} attention modules run on {NAME}"
         return "\n".join((total, *lines))
 
@@ -76,7 +72,7 @@ def report(model: nn.Module, device: torch.device | str | None = None) -> Report
     rows = []
     for found in survey(model):
         here = found.implementation == NAME
-        note = "apply(model) moves it" if found.movable else "" if here else found.reason
+        note = "" if here else found.reason or "apply(model) moves it"
         name = backend if here else found.implementation
         rows.append(Row(found.path or "(the model)", type(found.module).__name__, found.kind, name, note))
     return Report(type(model).__name__, tuple(rows))
@@ -85,41 +81,36 @@ def report(model: nn.Module, device: torch.device | str | None = None) -> Report
 def survey(model: nn.Module) -> Iterator[Attention]:
     """Every attention module below a model, or the model itself."""
     modules = dict(model.named_modules())
+    swapped = swaps.find(model)
     for path, module in modules.items():
         kind = kind_of(path, module, modules[path.rpartition(".")[0]])
-        known = getattr(module, "crossattn_kind", kind)
-        if is_ours(module) and not isinstance(module, PreTrainedModel):
-            yield Attention(path, module, known or "cross", NAME)
+        if path in swapped:
+            if swapped[path].attends:
+                yield _of_swap(path, module, kind, swapped[path])
         elif asks_interface(module):
-            yield _of_interface(path, module, known or "self")
-        elif name_of(type(module)) in SWAPS:
-            yield _of_swaps(path, module, known)
+            yield _of_interface(path, module, getattr(module, "crossattn_kind", kind))
         elif _looks_like_attention(module):
-            reason = "self-attention stays" if known == "self" else "its class does not ask the attention interface"
-            yield Attention(path, module, known or "?", OWN, reason=reason)
+            reason = STAYS if kind == "self" else "its class does not ask the attention interface"
+            yield Attention(path, module, kind or "?", OWN, reason=reason)
 
 
-def _of_interface(path: str, module: nn.Module, kind: str) -> Attention:
+def _of_interface(path: str, module: nn.Module, kind: str | None) -> Attention:
     config: Any = module.config
     chosen = config._attn_implementation or "eager"
     if kind == "cross":
         return Attention(path, module, kind, chosen)
-    return Attention(path, module, kind, "sdpa" if chosen == NAME else chosen, reason="self-attention stays")
+    return Attention(path, module, "self", "sdpa" if chosen == NAME else chosen, reason=STAYS)
 
 
-def _of_swaps(path: str, module: nn.Module, kind: str | None) -> Attention:
-    if kind == "self":
-        return Attention(path, module, kind, OWN, reason="self-attention stays")
-    home, _, name = SWAPS[name_of(type(module))].rpartition(".")
-    replacement = getattr(import_module(home), name)
-    why = getattr(replacement, "crossattn_reason", None)
-    reason = (why(module) if why else None) or ""
-    return Attention(path, module, kind or "?" if reason else "cross", OWN, None if reason else replacement, reason)
+def _of_swap(path: str, module: nn.Module, kind: str | None, swap: swaps.Swap) -> Attention:
+    if swap.replacement is None:
+        return Attention(path, module, kind or "?", OWN, reason=swap.reason or STAYS)
+    return Attention(path, module, "cross", NAME if is_ours(module) else OWN, swap.replacement)
 
 
 def is_ours(module: nn.Module) -> bool:
     """True for a module whose class `apply` has swapped."""
-    return type(module).__module__.startswith(f"{HERE}.")
+    return swaps.upstream_class(type(module)) is not type(module)
 
 
 def asks_interface(module: nn.Module) -> bool:
@@ -130,21 +121,21 @@ def asks_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def name_of(kind: type) -> str:
-    """The qualified name of a class: what `SWAPS` is asked for."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 def _looks_like_attention(module: nn.Module) -> bool:
     """A class named for attention with projections of its own, not one that wraps such a class or its output."""
-    name = type(module).__name__
-    if "Attention" not in name or name.endswith("Output"):
-        return False
     inner = [child for child in module.modules() if child is not module]
-    return sum(isinstance(child, nn.Linear) for child in inner) > 1 and not any(
-        asks_interface(child) or "Attention" in type(child).__name__ and not type(child).__name__.endswith("Output")
-        for child in inner
+    linear = sum(isinstance(child, nn.Linear) for child in inner)
+    return (
+        _named_attention(module)
+        and not any(map(_named_attention, inner))
+        and linear > 1
+        or (isinstance(module, nn.MultiheadAttention))
     )
+
+
+def _named_attention(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return "Attention" in name and not name.endswith("Output")
 
 
 def _backend(device: torch.device) -> str:
