@@ -98,12 +98,30 @@ def run_tune(args: argparse.Namespace) -> int:
         return _refuse(str(error))
 
 
+def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "which attention modules of a model of transformers can run on this package, and why the others cannot"
+    report = commands.add_parser("report", help=text, description=f"Say w{text[1:]}; no weights are loaded.")
+    report.add_argument("model", metavar="MODEL_OR_CONFIG", help="a model's name, its folder, or its config.json")
+    report.set_defaults(run=run_report)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    try:
+        from crossattn_kernels.integrations.transformers import report_of_config
+
+        print(report_of_config(args.model))
+    except (ImportError, OSError, ValueError) as error:  # no transformers, no such model, one it does not know
+        return _refuse(" ".join(str(error).split()))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m crossattn_kernels", description="Triton kernels for cross-attention.")
     commands = parser.add_subparsers(title="commands", metavar="command", required=True)
     add_demo(commands)
     add_compile(commands)
     add_tune(commands)
+    add_report(commands)
     args = parser.parse_args(argv)
     return args.run(args)
 

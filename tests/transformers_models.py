@@ -19,16 +19,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("transformers")
-
 import transformers as tf
+from torch import nn
 
 from crossattn_kernels.integrations import transformers as integration
 from crossattn_kernels.integrations.transformers import interface
 
 TOLERANCE = 2e-6  # of the largest value, in fp64: what is left comes from norms that upstream computes in fp32
+SINGLE = 2e-5  # the same in fp32
 CASES: dict[str, Callable[[str], tuple[nn.Module, dict]]] = {}
 
 
@@ -132,22 +130,36 @@ def counted(module=interface):
         yield calls
 
 
-def same_with_package(name, implementation="sdpa", module=interface, **more):
+def same_with_package(name, implementation="sdpa", module=interface, dtype=torch.float64, train=True, **more):
     """Before `apply`, after it and after `restore`: the same outputs and gradients; returns the worst error."""
-    model, inputs = build(name, implementation)
+    model, inputs = build(name, implementation, dtype)
+    model.train(train)
     keys = list(model.state_dict())
     before = results(model, inputs, **more)
     integration.apply(model)
     with counted(module) as calls:
         after = results(model, inputs, **more)
     assert calls[0] > 0, "the package was not called"
-    assert_same(after, before)
+    assert_same(after, before, TOLERANCE if dtype == torch.float64 else SINGLE)
     assert list(model.state_dict()) == keys
     integration.restore(model)
     with counted(module) as calls:
         again = results(model, inputs, **more)
     assert calls[0] == 0
     assert all(torch.equal(again[key], before[key]) for key in before)
+    return max(differences(after, before).values())
+
+
+def same_when_named(name, **more):
+    """A model made with `attn_implementation="crossattn"` against one on sdpa; returns the worst error."""
+    model, inputs = build(name)
+    before = results(model, inputs, **more)
+    integration.register()
+    model, inputs = build(name, "crossattn")
+    with counted() as calls:
+        after = results(model, inputs, **more)
+    assert calls[0] > 0, "the package was not called"
+    assert_same(after, before)
     return max(differences(after, before).values())
 
 

@@ -61,6 +61,18 @@ def report(model: nn.Module) -> Report:
     return survey.report(model)
 
 
+def report_of_config(model: str) -> Report:
+    """What `apply` would return for a configuration: a name on the hub, a folder, or the path of a config.json.
+
+    The model is built without weights.  If nothing can be moved, the report says so.
+    Raises ImportError, OSError (no such model) or ValueError (one that transformers does not know).
+    """
+    _check_version()
+    from crossattn_kernels.integrations.transformers import skeleton
+
+    return skeleton.report(model)
+
+
 def _check_version() -> None:
     first, last = SUPPORTED
     supported = f"transformers >= {first}, < {last}"
