@@ -1,12 +1,22 @@
 """Models that look at pictures: BLIP-2 and InstructBLIP, Idefics 1 and 2, DETR and Conditional DETR."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers as tf
 
+from crossattn_kernels.integrations import transformers as integration
 from tests.transformers_models import (
+    CASES,
+    assert_same,
+    build,
     case,
+    counted,
     padding,
+    results,
+    same_training,
+    same_when_named,
     same_with_package,
     tokens,
 )
@@ -137,3 +147,69 @@ def test_outputs_loss_and_gradients(name, implementation):
     # upstream's eager Idefics takes a softmax in fp32 of a mask that only fp64 can hold
     dtype = torch.float32 if (name, implementation) == ("idefics", "eager") else torch.float64
     same_with_package(name, implementation, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_eval_mode(name):
+    same_with_package(name, train=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_in_the_configuration(name):
+    same_when_named(name)
+
+
+@pytest.mark.parametrize("changes", [dict(use_resampler=True), dict(alpha_type="float", qk_layer_norms=False)])
+def test_kinds_of_idefics(changes, monkeypatch):
+    changes = dict(changes)
+    if changes.get("use_resampler"):
+        changes["perceiver_config"] = dict(
+            resampler_n_latents=3, resampler_depth=1, resampler_n_heads=2, resampler_head_dim=8
+        )
+    monkeypatch.setitem(CASES, "idefics", partial(idefics, **changes))
+    same_with_package("idefics")
+
+
+def test_idefics_text_that_sees_no_picture():
+    """Its rows are a mean over all keys, which the gate of the layer makes 0: nothing flows into them or back."""
+    model, inputs = build("idefics")
+    inputs["image_attention_mask"][0] = 0
+    before = results(model, inputs)
+    integration.apply(model)
+    assert_same(results(model, inputs), before)
+
+
+def test_idefics_generates_the_same_tokens():
+    model, inputs = build("idefics", dtype=torch.float32)
+    del inputs["labels"]
+    arguments = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, no_repeat_ngram_size=1)
+    with torch.no_grad():
+        expected = model.eval().generate(**inputs, **arguments)
+        integration.apply(model)
+        with counted() as calls:
+            found = model.generate(**inputs, **arguments)
+    assert torch.equal(found, expected) and calls == [12]
+
+
+@pytest.mark.parametrize("name", ["blip2", "detr", "conditional_detr"])
+def test_weights_are_exact_and_on_demand(name):
+    model, inputs = build(name)
+    eager, _ = build(name, "eager")
+    with torch.no_grad():
+        expected = cross_weights(eager, inputs)
+        integration.apply(model)
+        found = cross_weights(model, inputs)
+    assert len(found) == len(expected) == 2
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs)
+
+
+def cross_weights(model, inputs):
+    if hasattr(model, "qformer"):  # BLIP-2 does not ask it for weights
+        states = model.vision_model(inputs["pixel_values"]).last_hidden_state
+        model, inputs = model.qformer, dict(query_embeds=model.query_tokens, encoder_hidden_states=states)
+    return model(**inputs, output_attentions=True).cross_attentions
+
+
+def test_training_gives_the_same_losses():
+    same_training("blip2")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import _active_collector
 
 from crossattn_kernels.functional import cross_attention
 from crossattn_kernels.integrations.transformers.kinds import kind_of_class
@@ -68,14 +70,15 @@ def attention(
         )  # fmt: skip
     arguments: dict[str, Any] = dict(scale=scaling, softcap=softcap)
     if position_bias is not None:
-        # T5 adds zeros of size M x N where a module has no relative positions; its rows without keys see the mean
+        # T5 adds zeros of size M x N where a module has no relative positions.  It hides keys by a finite number, so
+        # that a row without keys is the mean of all (upstream a gradient flows through such a row, here none does)
         arguments["empty_rows"] = "uniform"
         if getattr(module, "has_relative_attention_bias", True):
             arguments["bias"] = position_bias
     attention_mask = _compact(attention_mask)
     y = cross_attention(query, key, value, attention_mask, dropout_p=dropout, **arguments)
-    asked = rest.get("output_attentions") or getattr(module.config, "output_attentions", False)
-    return y.transpose(1, 2), attention_weights(query, key, attention_mask, **arguments) if asked else None
+    weights = attention_weights(query, key, attention_mask, **arguments) if _asks_for_weights(module, rest) else None
+    return y.transpose(1, 2), weights
 
 
 def _is_served(
@@ -97,6 +100,14 @@ def _is_served(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         return not causal and query.shape[2] != key.shape[2]
     return kind == "cross"
+
+
+def _asks_for_weights(module: nn.Module, rest: dict[str, Any]) -> bool:
+    if rest.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        return True
+    # some layers do not pass the question on; what the model is about to record answers it, except to the compiler
+    recorded = None if torch.compiler.is_compiling() else _active_collector.get()
+    return any("attentions" in name for name in recorded or ())
 
 
 def _previous(module: nn.Module) -> Any:
