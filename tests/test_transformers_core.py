@@ -21,6 +21,8 @@ from transformers.masking_utils import (
 from crossattn_kernels import cli
 from crossattn_kernels.integrations import transformers as integration
 from crossattn_kernels.integrations.transformers import changes, interface
+from crossattn_kernels.integrations.transformers.kinds import kind_of
+from crossattn_kernels.masks import Mask
 from tests.transformers_models import assert_same, build, counted, padding, results, same_with_package
 
 
@@ -298,7 +300,52 @@ def test_a_lora_wrapped_model():
     assert_same(results(wrapped, inputs), before, 0)
 
 
+@pytest.mark.parametrize("name, implementation", [("mllama", "sdpa"), ("bart", "eager")])
+def test_a_model_that_accelerate_has_hooked(name, implementation):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, inputs = build(name, implementation)
+    before = results(model, inputs)
+    for module in model.modules():
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    integration.apply(model)
+    masks = []
+    real = interface.cross_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interface, "cross_attention", lambda *a, **k: masks.append(a[3]) or real(*a, **k))
+        assert_same(results(model, inputs), before)
+    assert masks and (name != "mllama" or isinstance(masks[0], Mask))
+    integration.restore(model)
+    hooks.remove_hook_from_module(model, recurse=True)
+    assert_same(results(model, inputs), before, 0)
+
+
 # ---- what is said ----
+
+
+@pytest.mark.parametrize(
+    "path, own, parent, kind",
+    [
+        ("decoder.layers.0.encoder_attn", "MoonshineAttention", "MoonshineDecoderLayer", "cross"),
+        ("decoder.layers.0.self_attn", "MoonshineAttention", "MoonshineDecoderLayer", "self"),
+        (
+            "encoder.layer.0.crossattention.attention",
+            "Blip2QFormerMultiHeadAttention",
+            "Blip2QFormerAttention",
+            "cross",
+        ),
+        ("layer.0.attention.attention", "Blip2QFormerMultiHeadAttention", "Blip2QFormerAttention", None),
+        ("bert.encoder.layer.0.crossattention.self", "BertCrossAttention", "BertAttention", "cross"),
+        ("encoder.layer.0.attention.self", "BertSelfAttention", "BertAttention", "self"),
+        ("image_to_text_projection.x_attn", "KosmosTextAttention", "Kosmos2ImageToTextProjection", "cross"),
+        ("decoder.layer.0.encoder_decoder_attention.attention", "Pix2StructTextAttention", "X", "cross"),
+        ("transformer.final_attn_token_to_image", "Sam2Attention", "Sam2TwoWayTransformer", "cross"),
+        ("encoder.cross_attention.attention.self", "PerceiverSelfAttention", "PerceiverAttention", "cross"),
+        ("cross_modal_image_layers.0.attention.self", "BridgeTowerSelfAttention", "BridgeTowerAttention", "self"),
+    ],
+)
+def test_kinds_by_name(path, own, parent, kind):
+    module, holder = (type(name, (nn.Module,), {})() for name in (own, parent))
+    assert kind_of(path, module, holder) == kind
 
 
 def test_report_names_every_attention_module():

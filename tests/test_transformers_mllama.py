@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.mllama.modeling_mllama import _prepare_cross_attention_mask
 
 from crossattn_kernels.integrations import transformers as integration
+from crossattn_kernels.integrations.transformers import interface
 from crossattn_kernels.integrations.transformers.mllama import tile_mask
 from tests.transformers_models import (
     TOLERANCE,
@@ -48,6 +49,16 @@ def test_rows_are_what_they_are_upstream():
     assert torch.equal(rows, expected)
     assert rows[:, 0, :, 0].tolist() == [[0, 0, 1, 1, 1, 1, 1, 1, 1]] * 2
     assert mask.as_dense(2, 1, 9, 20)[:, :, :2].all()
+
+
+def test_the_call_gets_one_bit_per_tile(monkeypatch):
+    model, inputs = build("mllama")
+    integration.apply(model)
+    given = []
+    real = interface.cross_attention
+    monkeypatch.setattr(interface, "cross_attention", lambda *a, **k: given.append(a[3]) or real(*a, **k))
+    results(model, inputs)
+    assert [(mask.visible.shape, mask.key_group) for mask in given] == [((2, 1, 9, 4), 5)]
 
 
 def test_a_text_without_images_between_texts_with_them():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -70,7 +71,7 @@ def _swaps(model: nn.Module) -> Iterator[Change]:
     for path, module in model.named_modules():
         replacement = known[path].replacement if path in known else _carrier(module)
         if replacement is not None and type(module) is not replacement:
-            yield _of_class(module, replacement)
+            yield from _to_class(module, replacement)
 
 
 def _carrier(module: nn.Module) -> type[nn.Module] | None:
@@ -98,17 +99,20 @@ def _moves(found: list[survey.Attention]) -> Iterator[Change]:
             yield Change(one.module, "crossattn_kind", one.kind)
 
 
-def _of_class(module: nn.Module, replacement: type[nn.Module]) -> Change:
-    if hasattr(replacement, "_can_record_outputs"):
+def _to_class(module: nn.Module, cls: type[nn.Module]) -> Iterator[Change]:
+    if hasattr(cls, "_can_record_outputs"):
         # transformers keeps the outputs to record by the class of a model
-        _CAN_RECORD_REGISTRY.setdefault(str(replacement), replacement._can_record_outputs)
-    return Change(module, "__class__", replacement)
+        _CAN_RECORD_REGISTRY.setdefault(str(cls), cls._can_record_outputs)
+    yield Change(module, "__class__", cls)
+    if "_old_forward" in vars(module):
+        # accelerate calls the forward that it found when it hooked the module
+        yield Change(module, "_old_forward", MethodType(cls.forward, module))
 
 
 def _returns(model: nn.Module) -> Iterator[Change]:
     for module in model.modules():
         if survey.is_ours(module):
-            yield Change(module, "__class__", swaps.upstream_class(type(module)))
+            yield from _to_class(module, swaps.upstream_class(type(module)))
         if "crossattn_kind" in vars(module):
             yield Change(module, "crossattn_kind", ABSENT)
         config = getattr(module, "config", None)

@@ -8,8 +8,8 @@ from torch import nn
 
 # queries of these are latents, keys a context
 ALWAYS_CROSS = ("Idefics2PerceiverAttention", "Idefics3PerceiverAttention", "IdeficsPerceiverAttention")
-CROSS = re.compile(r"cross(?!_modal)|encoder_attn|encdec|x_attn", re.IGNORECASE)
-SELF = re.compile(r"self", re.IGNORECASE)
+CROSS = re.compile(r"cross(?!_modal)|encoder_attn|encdec|encoder_decoder|x_attn|token_to_image|image_to_token", re.I)
+SELF = re.compile(r"self", re.I)
 
 
 def kind_of_class(module: nn.Module) -> str | None:

@@ -74,7 +74,7 @@ def report(model: nn.Module, device: torch.device | str | None = None) -> Report
         here = found.implementation == NAME
         note = "" if here else found.reason or "apply(model) moves it"
         name = backend if here else found.implementation
-        rows.append(Row(found.path or "(the model)", type(found.module).__name__, found.kind, name, note))
+        rows.append(Row(found.path or "(the model)", _class_name(found.module), found.kind, name, note))
     return Report(type(model).__name__, tuple(rows))
 
 
@@ -104,7 +104,7 @@ def _of_interface(path: str, module: nn.Module, kind: str | None) -> Attention:
 
 def _of_swap(path: str, module: nn.Module, kind: str | None, swap: swaps.Swap) -> Attention:
     if swap.replacement is None:
-        return Attention(path, module, kind or "?", OWN, reason=swap.reason or STAYS)
+        return Attention(path, module, kind or "?", OWN, reason=STAYS if kind == "self" else swap.reason or STAYS)
     return Attention(path, module, "cross", NAME if is_ours(module) else OWN, swap.replacement)
 
 
@@ -134,8 +134,13 @@ def _looks_like_attention(module: nn.Module) -> bool:
 
 
 def _named_attention(module: nn.Module) -> bool:
-    name = type(module).__name__
+    name = _class_name(module)
     return "Attention" in name and not name.endswith("Output")
+
+
+def _class_name(module: nn.Module) -> str:
+    """As upstream calls it."""
+    return swaps.upstream_class(type(module)).__name__
 
 
 def _backend(device: torch.device) -> str:
