@@ -70,11 +70,13 @@ def attention(
         )  # fmt: skip
     arguments: dict[str, Any] = dict(scale=scaling, softcap=softcap)
     if position_bias is not None:
-        # T5 adds zeros of size M x N where a module has no relative positions.  It hides keys by a finite number, so
-        # that a row without keys is the mean of all (upstream a gradient flows through such a row, here none does)
-        arguments["empty_rows"] = "uniform"
         if getattr(module, "has_relative_attention_bias", True):
+            # without relative positions, as in T5's cross-attention, it is zeros of size M x N
             arguments["bias"] = position_bias
+        if attention_mask is not None:
+            # beside a bias upstream hides keys by a finite number: a row without keys is the mean of all, and upstream
+            # a gradient flows through it, which here does not
+            arguments["empty_rows"] = "uniform"
     attention_mask = _compact(attention_mask)
     y = cross_attention(query, key, value, attention_mask, dropout_p=dropout, **arguments)
     weights = attention_weights(query, key, attention_mask, **arguments) if _asks_for_weights(module, rest) else None
