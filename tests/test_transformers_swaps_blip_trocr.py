@@ -78,6 +78,15 @@ def test_weights_are_not_computed_after_they_were_once_asked_for(blip, calls):
     assert swapped(**inputs(False)).cross_attentions is None and calls.weights == 0
 
 
+def test_compile(blip, calls):
+    """That weights are recorded is seen by a compiled model too."""
+    ours = applied(blip).eval()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    expected, got = (one(**inputs(True), output_attentions=True) for one in (ours, compiled))
+    torch.testing.assert_close(got.logits, expected.logits)
+    torch.testing.assert_close(got.cross_attentions, expected.cross_attentions)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate(model, calls, beams):
     def generated(one):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.utils.output_capturing import CompileableContextVar
@@ -34,7 +35,12 @@ def are_weights_wanted(module: nn.Module) -> bool:
 
     A forward hook on the module sees what it returns, so for a hook they are computed.
     """
-    return _WANTED.get() is not False or bool(module._forward_hooks)
+    return said_above(_WANTED, None) is not False or bool(module._forward_hooks)
+
+
+def said_above(variable: CompileableContextVar, unknown: Any) -> Any:
+    """What a caller has set; `unknown` in code that was compiled without that caller, which cannot see it."""
+    return unknown if torch.compiler.is_compiling() and not variable.compiling else variable.get()
 
 
 def telling(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.blip import modeling_blip_text as upstream
 from transformers.utils.output_capturing import _active_collector
 
-from crossattn_kernels.integrations.transformers.attending import attend, cached
+from crossattn_kernels.integrations.transformers.attending import attend, cached, said_above
 from crossattn_kernels.layers.heads import split_heads
 
 
@@ -28,16 +28,12 @@ class BlipTextSelfAttention(upstream.BlipTextSelfAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        heads = self.num_attention_heads
-
         def project() -> tuple[Tensor, Tensor]:
-            return split_heads(self.key(encoder_hidden_states), heads), split_heads(
-                self.value(encoder_hidden_states), heads
-            )
+            k, v = self.key(encoder_hidden_states), self.value(encoder_hidden_states)
+            return split_heads(k, self.num_attention_heads), split_heads(v, self.num_attention_heads)
 
-        q = split_heads(self.query(hidden_states), heads)
+        q = split_heads(self.query(hidden_states), self.num_attention_heads)
         k, v = cached(past_key_values, self.layer_idx, project)
         # the library records what modules return, and tells none of them whether it does
-        collected = _active_collector.get()
-        wanted = collected is not None and "cross_attentions" in collected
+        wanted = "cross_attentions" in (said_above(_active_collector, ("cross_attentions",)) or ())
         return attend(q, k, v, encoder_attention_mask, dropout=self.dropout, weights=wanted)

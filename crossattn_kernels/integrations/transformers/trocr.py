@@ -24,10 +24,8 @@ class TrOCRAttention(upstream.TrOCRAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         def project() -> tuple[Tensor, Tensor]:
-            k, v = (
-                split_heads(x, self.num_heads) for x in (self.k_proj(key_value_states), self.v_proj(key_value_states))
-            )
-            return k, v
+            k, v = self.k_proj(key_value_states), self.v_proj(key_value_states)
+            return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
         q = split_heads(self.q_proj(hidden_states), self.num_heads)
         k, v = cached(past_key_values, self.layer_idx, project)
