@@ -98,6 +98,18 @@ def test_dropout(model):
     assert off.min() > 0 and (dropped.mean(0) - whole).abs().max() < 0.2 * off.mean()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_low_precision(model, dtype):
+    """Twice the library's own error and one rounding, also where a text is all padding: finfo(dtype).min."""
+    given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs(True).items()}
+    ours = applied(model).eval()
+    with torch.no_grad():
+        exact = model.eval()(**inputs(True)).language_output
+        theirs, got = (copy.deepcopy(one).to(dtype)(**given).language_output.double() for one in (model, ours))
+    budget = 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    assert (got - exact).abs().max() <= budget
+
+
 def test_compile(model):
     swapped = applied(model).eval()
     whole = swapped(**inputs(True)).pooled_output

@@ -73,8 +73,15 @@ def attend(
     weights: the exact weights on demand, before dropout.
     """
     p = dropout if isinstance(dropout, float) else dropout.p if dropout.training else 0.0
+    mask = _absorbing(mask) if isinstance(mask, Tensor) and mask.dtype == torch.float16 else mask
     y = merge_heads(cross_attention(q, k, v, mask, scale=scale, dropout_p=p))
     return y, attention_weights(q, k, mask, scale=scale) if weights else None
+
+
+def _absorbing(mask: Tensor) -> Tensor:
+    """An fp16 mask in fp32: the library adds in fp16, where the least value absorbs every logit; so must it here."""
+    least = torch.finfo(torch.float16).min
+    return mask.float().masked_fill(mask <= least, torch.finfo(torch.float32).min)
 
 
 def cached(past: Any, layer: int, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
