@@ -1,0 +1,27 @@
+"""The table says who runs where, aligned, and counts."""
+
+from crossattn_kernels.integrations.reports import Report, Row
+
+ROWS = (
+    Row("down.attn2", "Attention", "cross", "crossattn (torch)"),
+    Row("mid", "Attention", "self", "sdpa", "no text"),
+)
+
+
+def test_a_report_reads_as_an_aligned_table():
+    assert str(Report(ROWS, "a note")).splitlines() == [
+        "a note",
+        "module      class      kind   runs on            why",
+        "down.attn2  Attention  cross  crossattn (torch)",
+        "mid         Attention  self   sdpa               no text",
+        "1 of 2 attention modules run on crossattn",
+    ]
+
+
+def test_a_report_knows_what_runs_here():
+    assert Report(ROWS).here == ROWS[:1]
+    assert not Row("a", "B", "cross", "crossattention of somebody else").is_here
+
+
+def test_a_model_without_attention_has_a_report_too():
+    assert str(Report(())) == "0 of 0 attention modules run on crossattn"
