@@ -1,6 +1,7 @@
 """The integration with diffusers: who is moved and who is left alone, the backend, the processor, the caches."""
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -417,13 +418,14 @@ def test_a_new_text_in_the_memory_of_an_old_one_is_projected_again():
             del text
 
 
-def test_changed_weights_are_noticed():
+@pytest.mark.parametrize("assign", [False, True])
+def test_changed_weights_are_noticed(assign):
     model, text = unet(), draw(2, TEXT, 24)
     integration.apply(model, cache_context=True)
     with torch.no_grad():
         first = step(model, text)
         state = {key: 2 * t if "attn2.to_v" in key else t for key, t in model.state_dict().items()}
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=assign)
         second = step(model, text)
         integration.restore(model)
         torch.testing.assert_close(second, step(model, text))
@@ -465,6 +467,33 @@ def test_the_scale_of_a_lora_is_noticed():
         kept = [m for m in model.modules() if isinstance(vars(m).get("forward"), Memo)]
         assert [type(m) for m in kept] == [nn.Linear] * 8
         torch.testing.assert_close(step(model, text), second)
+
+
+def test_a_lora_of_what_makes_the_text_is_noticed():
+    peft = pytest.importorskip("peft")
+    model, inputs = wan(), wan_inputs()
+    integration.apply(model, cache_context=True)
+    torch.manual_seed(0)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["text_embedder.linear_1"], init_lora_weights=False))
+    model.double().eval()
+    with torch.no_grad():
+        first = model(**inputs).sample
+        model.set_adapters(["default"], [0.2])
+        second = model(**inputs).sample
+        integration.restore(model)
+        torch.testing.assert_close(second, model(**inputs).sample)
+        assert (second - first).abs().max() > 1e-6
+
+
+def test_a_model_with_caches_can_be_pickled():
+    model, text = unet(), draw(2, TEXT, 24)
+    integration.apply(model, cache_context=True)
+    with torch.no_grad():
+        expected = step(model, text)
+        twin = pickle.loads(pickle.dumps(model))
+        torch.testing.assert_close(step(twin, text), expected)
+    integration.restore(twin)
+    assert not any("forward" in vars(m) for m in twin.modules())
 
 
 def test_apply_again_empties_the_caches_and_without_them_drops_them(projected):

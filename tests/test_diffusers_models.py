@@ -5,6 +5,7 @@ import torch
 
 from crossattn_kernels.functional import cross_attention
 from crossattn_kernels.integrations import diffusers as integration
+from crossattn_kernels.integrations.sdpa import sdpa_override
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -217,6 +218,15 @@ def test_the_tests_can_fail(name, monkeypatch):
     for part in ("output", next(key for key in theirs if "attn2.to_v" in key or "attn2.to_k" in key)):
         with pytest.raises(AssertionError, match=part):
             assert_same({part: ours[part]}, {part: theirs[part]}, tolerance=4e-4)
+
+
+def test_the_mode_reaches_a_unet_that_was_not_moved(calls):
+    model = redraw(unet()).eval()
+    theirs = run(model, unet_inputs(True))
+    with sdpa_override():
+        ours = run(model, unet_inputs(True))
+    assert len(calls) == 4
+    assert_same(ours, theirs)
 
 
 def test_half_precision_stays_near(calls):

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -53,15 +54,21 @@ class Memo:
             return self.compute(x, *args, **kwargs)
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (autocast, _identity(x), *map(_identity, self.module.parameters()))
+        # a weight may be replaced by another in the same place, and is too large to be held for that
+        weights = ((ref(p), _identity(p)) for p in self.module.parameters())
+        key = (autocast, _identity(x), *weights)
         entry = self.entries.pop(key, None)
         if entry is None or entry.result._version != entry.version:
             result = self.compute(x)
-            entry = Entry(x, result, result._version)
+            entry = Entry(x.detach(), result, result._version)
         self.entries[key] = entry
         if len(self.entries) > TEXTS:
             self.entries.popitem(last=False)
         return entry.result
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the module has weights of its own, and results of its own."""
+        return {**vars(self), "entries": OrderedDict()}
 
     def _may_keep(self, x: Tensor) -> bool:
         return (

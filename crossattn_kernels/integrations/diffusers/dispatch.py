@@ -23,7 +23,7 @@ def register() -> Any:
         member._name_, member._value_ = HERE.upper(), HERE
         names._member_names_.append(member._name_)
         names._member_map_[member._name_] = names._value2member_map_[HERE] = member
-        # with context parallelism: cross-attention comes without it, and the rest goes to a backend that has it
+        # it does not refuse context parallelism, because calls of that kind go on to a backend that has it
         attention_dispatch._AttentionBackendRegistry.register(member, supports_context_parallel=True)(attention)
     return names(HERE)
 
