@@ -251,6 +251,44 @@ def test_gradient_checkpointing():
     assert_same(run(model, unet_inputs(True)), theirs)
 
 
+def controlnet():
+    return diffusers.ControlNetModel(
+        in_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), block_out_channels=(16, 80),
+        layers_per_block=1, cross_attention_dim=24, attention_head_dim=2, norm_num_groups=8,
+        conditioning_embedding_out_channels=(8, 8),
+    )  # fmt: skip
+
+
+def controlnet_inputs(masked=False):
+    inputs = unet_inputs()
+    del inputs["encoder_attention_mask"]
+    return inputs | dict(controlnet_cond=draw(2, 3, 16, 16))
+
+
+CACHED = {name: model for name, model in MODELS.items() if name != "hunyuan"}
+CACHED["controlnet"] = (controlnet, controlnet_inputs, 2, False)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_text_is_projected_once_in_every_model(name):
+    build, inputs, modules, masked = CACHED[name]
+    model, inputs = redraw(build()).eval(), inputs(masked)
+    computed = []
+
+    def counting(compute):
+        return lambda x: computed.append(x.shape) or compute(x)
+
+    with torch.no_grad():
+        theirs = model(**inputs)[0]
+        integration.apply(model, cache_context=True)
+        layers = [layer for path, layer in model.named_modules() if path.endswith(("attn2.to_k", "attn2.to_v"))]
+        for layer in layers:
+            layer.forward.compute = counting(layer.forward.compute)
+        for _ in range(3):
+            torch.testing.assert_close(model(**inputs)[0], theirs)
+    assert len(computed) == len(layers) == 2 * modules
+
+
 @pytest.mark.parametrize("name", ["unet", "wan"])
 def test_compiled(name):
     build, inputs, modules, _ = MODELS[name]
