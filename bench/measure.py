@@ -72,10 +72,14 @@ def _measure(provider: str, sizes: list[int], mode: str, case: dict[str, object]
         return bind(provider, call, mode)
 
     work(1, 1, 32, 32, 32)()  # what a first call loads is not the call's
-    measured = work(*sizes)
+    return peak_of(work(*sizes))
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Peak bytes that this process takes beyond what it has."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
-    measured()
+    work()
     return _status("VmHWM") - before
 
 

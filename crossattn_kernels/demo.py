@@ -27,6 +27,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from crossattn_kernels import __version__, cross_attention, explain
+from crossattn_kernels.layers.heads import merge_heads, split_heads
+from crossattn_kernels.maps import attention_weights
 from crossattn_kernels.testing import Case, check, with_dtypes
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -39,14 +41,6 @@ REQUIRED_ACCURACY = 0.95
 
 
 # ---- models ----
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:  # (B, M, C) -> (B, H, M, D)
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:  # (B, H, M, D) -> (B, M, C)
-    return x.transpose(1, 2).flatten(2)
 
 
 def feed_forward(channels: int) -> nn.Sequential:
@@ -106,9 +100,8 @@ class GatedCrossAttention(nn.Module):
         """(B, M, C), (B, N, C) -> (B, M, C); the softmax weights, (B, H, M, N), are added to a list that is given."""
         q = split_heads(self.to_q(self.norm(x)), self.heads)  # (B, H, M, D)
         k, v = (split_heads(to(patches), self.heads) for to in (self.to_k, self.to_v))  # (B, H, N, D)
-        if weights is not None:  # attention whose values are the identity matrix returns its softmax weights
-            identity = torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
-            weights.append(cross_attention(q, k, identity, backend=self.backend))
+        if weights is not None:
+            weights.append(attention_weights(q, k))
         # a scalar gate commutes with the projection behind it, so the attention itself can apply it
         x = x + self.out(merge_heads(cross_attention(q, k, v, gate=self.gate, backend=self.backend)))
         return x + self.ffn_gate.tanh() * self.ffn(x)

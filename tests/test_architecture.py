@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "layers": DOOR | {"maps"},
     "integrations": DOOR | {"layers", "maps"},
     "cli": set(),
-    "demo": {"__init__", "testing"},
+    "demo": {"__init__", "layers", "maps", "testing"},
     "testing": {"functional", "masks"},
     "trial": {"testing", "tuning", "problem"},
     "tune": {"trial", "testing", "tuning"},
