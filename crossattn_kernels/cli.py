@@ -99,20 +99,32 @@ def run_tune(args: argparse.Namespace) -> int:
 
 
 def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "which attention modules of a model of transformers can run on this package, and why the others cannot"
+    text = "which attention modules of a model can run on this package, and why the others cannot"
     report = commands.add_parser("report", help=text, description=f"Say w{text[1:]}; no weights are loaded.")
-    report.add_argument("model", metavar="MODEL_OR_CONFIG", help="a model's name, its folder, or its config.json")
+    what = "a name on the hub, a folder or a config.json: of a model of transformers or diffusers, or of a pipeline"
+    report.add_argument("model", metavar="MODEL_OR_CONFIG", help=what)
     report.set_defaults(run=run_report)
 
 
 def run_report(args: argparse.Namespace) -> int:
-    try:
-        from crossattn_kernels.integrations.transformers import report_of_config
+    from crossattn_kernels.integrations import diffusers, transformers
 
-        print(report_of_config(args.model))
-    except (ImportError, OSError, ValueError) as error:  # no transformers, no such model, one it does not know
-        return _refuse(" ".join(str(error).split()))
-    return 0
+    here = Path(args.model)
+    if here.is_absolute() and not here.exists():
+        return _refuse(f"there is no {here}")
+    index, config = here / "model_index.json", here / "config.json" if here.is_dir() else here
+    if index.exists() or (config.is_file() and '"_class_name"' in config.read_text(errors="replace")):
+        homes = [diffusers]
+    else:
+        homes = [transformers] if here.exists() else [transformers, diffusers]
+    refusals = []
+    for home in homes:
+        try:
+            print(home.report_of_config(args.model))
+            return 0
+        except (ImportError, ValueError) as error:  # the library is missing, or does not know such a model
+            refusals.append(" ".join(str(error).split()))
+    return _refuse(refusals[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

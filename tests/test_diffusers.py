@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from crossattn_kernels.integrations import diffusers as integration
+from crossattn_kernels.integrations import versions
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -148,7 +149,7 @@ def test_all_or_nothing(monkeypatch):
 
 @pytest.mark.parametrize("installed", ["0.39.1", "0.44.0.dev0", "1.0"])
 def test_other_versions_are_refused(monkeypatch, installed):
-    monkeypatch.setattr(integration, "version", lambda name: installed)
+    monkeypatch.setattr(versions, "version", lambda name: installed)
     takers = integration.apply, integration.restore, integration.report
     calls = [integration.register, *(partial(call, unet()) for call in takers)]
     for call in calls:
@@ -160,7 +161,7 @@ def test_without_diffusers(monkeypatch):
     def missing(name):
         raise integration.PackageNotFoundError
 
-    monkeypatch.setattr(integration, "version", missing)
+    monkeypatch.setattr(versions, "version", missing)
     with pytest.raises(ImportError, match=r"pip install 'crossattn_kernels\[diffusers\]'"):
         integration.report(unet())
 

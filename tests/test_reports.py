@@ -9,19 +9,18 @@ ROWS = (
 
 
 def test_a_report_reads_as_an_aligned_table():
-    assert str(Report(ROWS, "a note")).splitlines() == [
-        "a note",
+    assert str(Report("UNet", ROWS)).splitlines() == [
         "module      class      kind   runs on            why",
         "down.attn2  Attention  cross  crossattn (torch)",
         "mid         Attention  self   sdpa               no text",
-        "1 of 2 attention modules run on crossattn",
+        "UNet: 1 of 2 attention modules run on crossattn",
     ]
 
 
 def test_a_report_knows_what_runs_here():
-    assert Report(ROWS).here == ROWS[:1]
+    assert Report("UNet", ROWS).here == ROWS[:1]
     assert not Row("a", "B", "cross", "crossattention of somebody else").is_here
 
 
 def test_a_model_without_attention_has_a_report_too():
-    assert str(Report(())) == "0 of 0 attention modules run on crossattn"
+    assert str(Report("Linear", ())) == "Linear: 0 of 0 attention modules run on crossattn"

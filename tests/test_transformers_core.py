@@ -20,6 +20,7 @@ from transformers.masking_utils import (
 
 from crossattn_kernels import cli
 from crossattn_kernels.integrations import transformers as integration
+from crossattn_kernels.integrations import versions
 from crossattn_kernels.integrations.transformers import changes, interface
 from crossattn_kernels.integrations.transformers.kinds import kind_of
 from crossattn_kernels.masks import Mask
@@ -269,7 +270,7 @@ def test_a_copy_of_an_applied_model(implementation, copied):
     assert calls == [1]
     integration.restore(twin)
     assert names_of(twin) == [implementation] * len(names_of(twin))
-    assert len(integration.report(model).served) == 1
+    assert len(integration.report(model).here) == 1
 
 
 def test_saved_and_loaded(tmp_path):
@@ -352,14 +353,14 @@ def test_report_names_every_attention_module():
     model, _ = build("mllama")
     before = integration.report(model)
     assert [row.kind for row in before.rows] == ["self", "self", "self", "cross", "self"]
-    assert {row.runs_on for row in before.rows} == {"sdpa"} and not before.served
-    assert before.rows[3].note == "apply(model) moves it"
+    assert {row.runs for row in before.rows} == {"sdpa"} and not before.here
+    assert before.rows[3].why == "apply(model) moves it"
     after = integration.apply(model)
-    assert [row.name for row in after.served] == ["model.language_model.layers.1.cross_attn"]
-    assert after.served[0].runs_on == "crossattn (torch)" and after.served[0].note == ""
+    assert [row.name for row in after.here] == ["model.language_model.layers.1.cross_attn"]
+    assert after.here[0].runs == "crossattn (torch)" and after.here[0].why == ""
     lines = str(after).splitlines()
-    assert lines[0] == "MllamaForConditionalGeneration: 1 of 5 attention modules run on crossattn"
-    assert len(lines) == 7 and "self-attention stays" in lines[2]
+    assert lines[-1] == "MllamaForConditionalGeneration: 1 of 5 attention modules run on crossattn"
+    assert len(lines) == 7 and "self-attention stays" in lines[1]
 
 
 def test_report_of_classes_that_do_not_ask_the_interface():
@@ -370,10 +371,10 @@ def test_report_of_classes_that_do_not_ask_the_interface():
 
     model = nn.ModuleDict(dict(cross=OwnAttention(), self_attn=nn.MultiheadAttention(4, 2)))
     cross, own = integration.report(model).rows
-    assert (cross.kind, cross.runs_on, cross.note) == (
+    assert (cross.kind, cross.runs, cross.why) == (
         "cross", "its own code", "its class does not ask the attention interface"
     )  # fmt: skip
-    assert (own.kind, own.note) == ("self", "self-attention stays")
+    assert (own.kind, own.why) == ("self", "self-attention stays")
 
 
 def test_versions(monkeypatch):
@@ -381,11 +382,11 @@ def test_versions(monkeypatch):
     assert extra.groups() == integration.SUPPORTED
     calls = [integration.register, *(partial(f, nn.Linear(2, 2)) for f in (integration.apply, integration.report))]
     for installed in ("4.57.1", "5.19.9", "6.0.0", "6.1.dev0"):
-        monkeypatch.setattr(integration, "version", lambda _, installed=installed: installed)
+        monkeypatch.setattr(versions, "version", lambda _, installed=installed: installed)
         for call in calls:
             with pytest.raises(ImportError, match=f"^this needs transformers >= 5.20, < 6, but {installed} is inst"):
                 call()
-    monkeypatch.setattr(integration, "version", lambda _: "5.20.0rc1")
+    monkeypatch.setattr(versions, "version", lambda _: "5.20.0rc1")
     integration.register()
 
 

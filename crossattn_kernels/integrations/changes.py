@@ -17,7 +17,8 @@ class Change(NamedTuple):
 
     def make(self) -> Change:
         """Make the change; returns the one that takes it back."""
-        back = Change(self.target, self.name, vars(self.target).get(self.name, ABSENT))
+        own = {"__class__": type(self.target), **vars(self.target)}
+        back = Change(self.target, self.name, own.get(self.name, ABSENT))
         if self.value is not ABSENT:
             setattr(self.target, self.name, self.value)
         elif back.value is not ABSENT:

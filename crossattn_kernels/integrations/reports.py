@@ -25,8 +25,8 @@ class Row(NamedTuple):
 class Report(NamedTuple):
     """A table of attention modules; `str()` aligns it, with a line that counts."""
 
+    model: str  # its class
     rows: tuple[Row, ...]
-    note: str = ""  # a sentence above the table
 
     @property
     def here(self) -> tuple[Row, ...]:
@@ -37,5 +37,5 @@ class Report(NamedTuple):
         table = [("module", "class", "kind", "runs on", "why"), *self.rows]
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
-        count = f"{len(self.here)} of {len(self.rows)} attention modules run on {HERE}"
-        return "\n".join([*filter(None, [self.note]), *(lines if self.rows else []), count])
+        count = f"{self.model}: {len(self.here)} of {len(self.rows)} attention modules run on {HERE}"
+        return "\n".join([*(lines if self.rows else []), count])

@@ -7,9 +7,9 @@ diffusers is imported when they are called.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from crossattn_kernels.integrations import versions
 from crossattn_kernels.integrations.reports import Report
 
 # at least the first, less than the second; as the extra in pyproject.toml says
@@ -24,7 +24,7 @@ def register() -> None:
     `apply` goes by module instead, and needs no call of this.
     Raises ImportError if diffusers is missing or not supported.
     """
-    _check_version()
+    versions.check("diffusers", *SUPPORTED)
     from crossattn_kernels.integrations.diffusers import dispatch
 
     dispatch.register()
@@ -44,7 +44,7 @@ def apply(target: Any, *, cache_context: bool = False) -> Report:
     is raised.  Returns what `report(target)` returns.
     Raises ValueError if nothing can be moved, or if cache_context does not serve the model.
     """
-    _check_version()
+    versions.check("diffusers", *SUPPORTED)
     from crossattn_kernels.integrations.diffusers import moves
 
     return moves.apply(target, cache_context)
@@ -52,7 +52,7 @@ def apply(target: Any, *, cache_context: bool = False) -> Report:
 
 def restore(target: Any) -> None:
     """Undo `apply`: the same processors and backends as before, and no caches; nothing to undo is no error."""
-    _check_version()
+    versions.check("diffusers", *SUPPORTED)
     from crossattn_kernels.integrations.diffusers import moves
 
     moves.restore(target)
@@ -60,23 +60,19 @@ def restore(target: Any) -> None:
 
 def report(target: Any) -> Report:
     """Every attention module of a pipeline or model: its kind, what it runs on, and why not here."""
-    _check_version()
+    versions.check("diffusers", *SUPPORTED)
     from crossattn_kernels.integrations.diffusers import survey
 
     return survey.report(target)
 
 
-def _check_version() -> None:
-    first, last = SUPPORTED
-    supported = f"diffusers >= {first}, < {last}"
-    try:
-        installed = version("diffusers")
-    except PackageNotFoundError:
-        raise ImportError(f"this needs {supported}: pip install 'crossattn_kernels[diffusers]'") from None
-    if not _release(first) <= _release(installed) < _release(last):
-        raise ImportError(f"this needs {supported}, but {installed} is installed")
+def report_of_config(target: str) -> Report:
+    """What `apply` would return for the configuration of a model or pipeline: a name on the hub, a folder, or a file.
 
+    Models are built without weights.  If nothing can be moved, the report says so.
+    Raises ImportError, or ValueError: no such model, or one that diffusers does not know.
+    """
+    versions.check("diffusers", *SUPPORTED)
+    from crossattn_kernels.integrations.diffusers import skeleton
 
-def _release(text: str) -> tuple[int, ...]:
-    """The first two numbers of a version: (0, 42) of "0.42.1"."""
-    return tuple(int(part) for part in text.split(".")[:2])
+    return skeleton.report(target)

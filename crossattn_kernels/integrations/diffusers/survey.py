@@ -115,7 +115,7 @@ def report(target: Any) -> Report:
         runs = f"{HERE} ({_backend(found.module)})" if here else found.runs
         why = "" if here else found.reason or "apply() moves it"
         rows.append(Row(found.name or "(the model)", type(found.module).__name__, found.kind, runs, why))
-    return Report(tuple(rows))
+    return Report(type(target).__name__, tuple(rows))
 
 
 def _backend(module: Any) -> str:

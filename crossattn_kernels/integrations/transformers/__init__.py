@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
+
+from crossattn_kernels.integrations import versions
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from crossattn_kernels.integrations.transformers.survey import Report
+    from crossattn_kernels.integrations.reports import Report
 
 # at least the first, less than the second; as the extra in pyproject.toml says
 SUPPORTED = ("5.20", "6")
@@ -25,7 +26,7 @@ def register() -> None:
     `set_attn_implementation`: cross-attention runs here, self-attention on "sdpa".
     Raises ImportError if transformers is missing or not supported.
     """
-    _check_version()
+    versions.check("transformers", *SUPPORTED)
     from crossattn_kernels.integrations.transformers import interface
 
     interface.register()
@@ -39,7 +40,7 @@ def apply(model: nn.Module) -> Report:
     Returns what `report(model)` returns.
     Raises ValueError if the model has no cross-attention that can be moved.
     """
-    _check_version()
+    versions.check("transformers", *SUPPORTED)
     from crossattn_kernels.integrations.transformers import changes
 
     return changes.apply(model)
@@ -47,7 +48,7 @@ def apply(model: nn.Module) -> Report:
 
 def restore(model: nn.Module) -> None:
     """Undo `apply`, and `attn_implementation="crossattn"`, which becomes "sdpa"; nothing to undo is no error."""
-    _check_version()
+    versions.check("transformers", *SUPPORTED)
     from crossattn_kernels.integrations.transformers import changes
 
     changes.restore(model)
@@ -55,7 +56,7 @@ def restore(model: nn.Module) -> None:
 
 def report(model: nn.Module) -> Report:
     """Every attention module of a model: its kind, what it runs on, and why not here.  Print it, or read `.rows`."""
-    _check_version()
+    versions.check("transformers", *SUPPORTED)
     from crossattn_kernels.integrations.transformers import survey
 
     return survey.report(model)
@@ -65,25 +66,9 @@ def report_of_config(model: str) -> Report:
     """What `apply` would return for a configuration: a name on the hub, a folder, or the path of a config.json.
 
     The model is built without weights.  If nothing can be moved, the report says so.
-    Raises ImportError, OSError (no such model) or ValueError (one that transformers does not know).
+    Raises ImportError, or ValueError: no such model, or one that transformers does not know.
     """
-    _check_version()
+    versions.check("transformers", *SUPPORTED)
     from crossattn_kernels.integrations.transformers import skeleton
 
     return skeleton.report(model)
-
-
-def _check_version() -> None:
-    first, last = SUPPORTED
-    supported = f"transformers >= {first}, < {last}"
-    try:
-        installed = version("transformers")
-    except PackageNotFoundError:
-        raise ImportError(f"this needs {supported}: pip install 'crossattn_kernels[transformers]'") from None
-    if not _release(first) <= _release(installed) < _release(last):
-        raise ImportError(f"this needs {supported}, but {installed} is installed")
-
-
-def _release(text: str) -> tuple[int, ...]:
-    """The first two numbers of a version: (5, 23) of "5.23.0.dev0"."""
-    return tuple(int(part) for part in text.split(".")[:2])

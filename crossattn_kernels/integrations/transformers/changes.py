@@ -1,15 +1,17 @@
-"""`apply` and `restore`: a list of changes that is made as a whole or not at all."""
+"""`apply` and `restore`: lists of changes to classes, configurations and the names of implementations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from crossattn_kernels.integrations.changes import ABSENT, Change, make
+from crossattn_kernels.integrations.reports import Report
 from crossattn_kernels.integrations.transformers import interface, survey, swaps
 from crossattn_kernels.integrations.transformers.interface import NAME, Redirected
 
@@ -18,28 +20,9 @@ CARRIERS = {
     f"transformers.models.mllama.modeling_mllama.{name}": f"{__package__}.mllama.{name}"
     for name in ("MllamaModel", "MllamaTextModel")
 }
-ABSENT = object()
 
 
-class Change(NamedTuple):
-    """An attribute of a module or of a configuration, and its new value; ABSENT deletes it."""
-
-    target: Any
-    name: str
-    value: Any
-
-    def make(self) -> Change:
-        """Make the change; returns the one that takes it back."""
-        own = {"__class__": type(self.target), **vars(self.target)}
-        back = Change(self.target, self.name, own.get(self.name, ABSENT))
-        if self.value is ABSENT:
-            delattr(self.target, self.name)
-        else:
-            setattr(self.target, self.name, self.value)
-        return back
-
-
-def apply(model: nn.Module) -> survey.Report:
+def apply(model: nn.Module) -> Report:
     interface.register()
     found = list(survey.survey(model))
     if not any(one.movable or one.implementation == NAME for one in found):
@@ -51,18 +34,6 @@ def apply(model: nn.Module) -> survey.Report:
 
 def restore(model: nn.Module) -> None:
     make(list(_returns(model)))
-
-
-def make(changes: list[Change]) -> None:
-    """All of them; if one fails, those before it are taken back and the error goes on."""
-    done: list[Change] = []
-    try:
-        for change in changes:
-            done.append(change.make())
-    except BaseException:
-        for change in reversed(done):
-            change.make()
-        raise
 
 
 def _swaps(model: nn.Module) -> Iterator[Change]:

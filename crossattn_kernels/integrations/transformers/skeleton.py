@@ -8,10 +8,11 @@ import torch
 import transformers
 from torch import nn
 
+from crossattn_kernels.integrations.reports import Report
 from crossattn_kernels.integrations.transformers import changes, survey
 
 
-def report(name: str) -> survey.Report:
+def report(name: str) -> Report:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         model = build(config)

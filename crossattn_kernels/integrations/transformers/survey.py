@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from crossattn_kernels.functional import explain
+from crossattn_kernels.integrations.reports import HERE, Report, Row
 from crossattn_kernels.integrations.transformers import swaps
 from crossattn_kernels.integrations.transformers.interface import NAME
 from crossattn_kernels.integrations.transformers.kinds import kind_of
@@ -35,46 +35,16 @@ class Attention(NamedTuple):
         return self.implementation != NAME and not self.reason
 
 
-class Row(NamedTuple):
-    """One line of a report."""
-
-    name: str
-    class_name: str
-    kind: str
-    runs_on: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `report` returns: print it, or read `rows`."""
-
-    model: str
-    rows: tuple[Row, ...]
-
-    @property
-    def served(self) -> tuple[Row, ...]:
-        """The modules that run on this package."""
-        return tuple(row for row in self.rows if row.runs_on.startswith(NAME))
-
-    def __str__(self) -> str:
-        table = [Row("module", "class", "kind", "runs on", "note"), *self.rows]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in table]
-        total = f"{self.model}: {len(self.served)} of {len(self.rows)} attention modules run on {NAME}"
-        return "\n".join((total, *lines))
-
-
 def report(model: nn.Module, device: torch.device | str | None = None) -> Report:
     """The table; device: where the model is going to run, by default where it is."""
     where = torch.device(device) if device else next((p.device for p in model.parameters()), torch.device("cpu"))
-    backend = f"{NAME} ({_backend(where)})"
+    backend = f"{HERE} ({_backend(where)})"
     rows = []
     for found in survey(model):
         here = found.implementation == NAME
-        note = "" if here else found.reason or "apply(model) moves it"
+        why = "" if here else found.reason or "apply(model) moves it"
         name = backend if here else found.implementation
-        rows.append(Row(found.path or "(the model)", _class_name(found.module), found.kind, name, note))
+        rows.append(Row(found.path or "(the model)", _class_name(found.module), found.kind, name, why))
     return Report(type(model).__name__, tuple(rows))
 
 
