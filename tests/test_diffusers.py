@@ -95,7 +95,7 @@ def test_the_report_is_a_table_with_reasons():
     assert rows[name + "2"][2:] == ("cross", "AttnProcessor2_0", "apply() moves it")
     lines = str(integration.apply(model)).splitlines()
     assert f"{name}2 Attention cross crossattn (torch)".split() in [line.split() for line in lines]
-    assert lines[-1] == "4 of 8 attention modules run on crossattn"
+    assert lines[-1] == "UNet2DConditionModel: 4 of 8 attention modules run on crossattn"
 
 
 def test_other_processors_are_left_alone():
@@ -159,7 +159,7 @@ def test_other_versions_are_refused(monkeypatch, installed):
 
 def test_without_diffusers(monkeypatch):
     def missing(name):
-        raise integration.PackageNotFoundError
+        raise versions.PackageNotFoundError
 
     monkeypatch.setattr(versions, "version", missing)
     with pytest.raises(ImportError, match=r"pip install 'crossattn_kernels\[diffusers\]'"):

@@ -354,7 +354,7 @@ def test_report_names_every_attention_module():
     before = integration.report(model)
     assert [row.kind for row in before.rows] == ["self", "self", "self", "cross", "self"]
     assert {row.runs for row in before.rows} == {"sdpa"} and not before.here
-    assert before.rows[3].why == "apply(model) moves it"
+    assert before.rows[3].why == "apply() moves it"
     after = integration.apply(model)
     assert [row.name for row in after.here] == ["model.language_model.layers.1.cross_attn"]
     assert after.here[0].runs == "crossattn (torch)" and after.here[0].why == ""

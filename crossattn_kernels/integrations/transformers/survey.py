@@ -42,7 +42,7 @@ def report(model: nn.Module, device: torch.device | str | None = None) -> Report
     rows = []
     for found in survey(model):
         here = found.implementation == NAME
-        why = "" if here else found.reason or "apply(model) moves it"
+        why = "" if here else found.reason or "apply() moves it"
         name = backend if here else found.implementation
         rows.append(Row(found.path or "(the model)", _class_name(found.module), found.kind, name, why))
     return Report(type(model).__name__, tuple(rows))
