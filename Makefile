@@ -6,10 +6,10 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-tritons lint format bench bench-gpu gpu clean
+.PHONY: help demo test test-tritons lint format bench bench-gpu bench-layers-gpu gpu clean
 
 help: ## list the commands
-	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## set up, then check parity and train the captioning demo; ARGS="--backend torch"
 	$(PY) -m crossattn_kernels demo $(ARGS)
@@ -36,6 +36,9 @@ bench: $(VENV)/.bench ## time against PyTorch, in one run
 
 bench-gpu: ## time against every peer on an NVIDIA GPU with the system's python3; ARGS="--part masked", OUT=dir
 	PYTHONPATH=. $(PYTHON) -m bench.run --device cuda $(if $(OUT),--out $(OUT)) $(ARGS)
+
+bench-layers-gpu: ## layers and models beside the library's own on an NVIDIA GPU, with the system's python3; OUT=dir
+	PYTHONPATH=. $(PYTHON) -m bench.layers --device cuda $(if $(OUT),--out $(OUT)) $(ARGS)
 
 gpu: ## parity on an NVIDIA GPU with the system's python3: nothing is installed
 	PYTHONPATH=. $(PYTHON) tests/gpu.py $(ARGS)
