@@ -142,7 +142,18 @@ def graph() -> list[Row]:
 
 
 CASES = {str(c): c for c in cases()}
-CHECKS = dict(bitwise=bitwise, many_programs=many_programs, beyond_int32=beyond_int32, chunks=chunks, graph=graph)
+
+
+def models() -> list[Row]:
+    """Models of transformers, where it is installed, before and after `apply`."""
+    from tests.gpu_models import models
+
+    return models()
+
+
+CHECKS = dict(
+    bitwise=bitwise, many_programs=many_programs, beyond_int32=beyond_int32, chunks=chunks, graph=graph, models=models
+)
 
 
 def record(name: str) -> dict:

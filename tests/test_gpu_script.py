@@ -11,6 +11,7 @@ import torch
 from crossattn_kernels import tuning
 from crossattn_kernels.problem import Problem
 from crossattn_kernels.testing import Row, draw
+from tests.gpu_models import NAMES, models
 
 SPEC = importlib.util.spec_from_file_location("gpu_script", Path(__file__).with_name("gpu.py"))
 gpu = importlib.util.module_from_spec(SPEC)
@@ -107,3 +108,10 @@ def test_cases_can_be_drawn():
     for case in cases[:: len(cases) // 40]:
         small = {"M": min(case.M, 20), "N": min(case.N, 20)}
         assert draw(type(case)(**{**vars(case), **small})).tensors["q"].shape[2] == small["M"]
+
+
+def test_models_on_a_device_against_fp64():
+    rows = models("cpu")
+    assert [row.name for row in rows] == [f"{name} {kind}" for name in NAMES for kind in ("output", "gradient")]
+    assert all(row.ok for row in rows), rows
+    assert all(0 < row.error < 1e-4 for row in rows)
