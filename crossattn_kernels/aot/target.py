@@ -33,7 +33,7 @@ class Binaries:
     """Takes the place of the driver's loader.  Shared memory is for the reader of the report to compare."""
 
     def load_binary(self, *_: Any) -> tuple[Any, ...]:
-        return None, None, 0, 0, 1024  # module, function, registers, spills, threads a program may have
+        return "module", None, 0, 0, 1024  # module, function, registers, spills, threads a program may have
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return dict(max_shared_mem=2**31)
