@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -44,12 +44,19 @@ def attend(x: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     run: Callable[..., tuple[Tensor, ...]]
     if torch.compiler.is_compiling():
         run = torch.ops.crossattn.forward
-    elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    elif _differentiated(x):
         run = CrossAttention.apply
     else:
         run = CrossAttention.forward
     y, _, lse, _, _ = run(*x, *options, backend)
     return y, lse
+
+
+def _differentiated(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd or a transform of torch.func wants to know what is done with these."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
 
 
 # ---- operators ----
@@ -90,11 +97,16 @@ def backward_op(
     with _no_autocast(x):
         grads = _engine(backend).backward(dy, dlse, x, options, o, lse, state, filled, Gradients._make(wanted))
     return tuple(
-        x.q.new_empty(0) if g is None
-        else g.transpose(1, 2).contiguous().transpose(1, 2) if name in ("q", "k", "v")
-        else g.contiguous()
+        x.q.new_empty(0) if g is None else _by_sequence(g) if name in ("q", "k", "v") else g.contiguous()
         for name, g in zip(Gradients._fields, grads)
-    )  # fmt: skip
+    )
+
+
+def _by_sequence(t: Tensor) -> Tensor:
+    """(B, H, sequence, D), laid out as (B, sequence, H, D)."""
+    _, H, length, D = t.shape
+    there = t.stride() == (length * H * D, D, H * D, 1)
+    return t if there else t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @torch.library.register_fake("crossattn::forward", lib=LIBRARY)
@@ -122,15 +134,21 @@ def _(dy: Tensor, dlse: Tensor | None, o: Tensor, *rest: Any) -> tuple[Tensor, .
 
 
 def _no_autocast(x: Inputs) -> contextlib.AbstractContextManager[Any]:
+    if not torch._C._is_any_autocast_enabled():
+        return AS_IT_IS
     kind = x.q.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if on else AS_IT_IS
+
+
+AS_IT_IS = contextlib.nullcontext()
 
 
 def _unpack(call: Sequence[Any]) -> tuple[Inputs, Options, str]:
     return Inputs(*call[:NUM_INPUTS]), Options(*call[NUM_INPUTS:-1]), call[-1]
 
 
+@cache
 def _engine(backend: str) -> ModuleType:
     if backend == "torch":
         return tiled
@@ -158,18 +176,21 @@ class Light(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        args = torch._functorch.utils.unwrap_dead_wrappers(args)
+        # a tensor that outlived its transform is taken for what it wraps, as `Function.apply` does
+        args = tuple([t if type(t) in VALUES else torch._C._functorch.unwrap_if_dead(t) for t in args])
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 def _below_autograd(operator: Any, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
     """What the operator does without derivatives; where nobody listens to operators, the dispatcher is spared."""
-    heard = torch._C._len_torch_dispatch_stack() or any(isinstance(t, Tensor) and type(t) not in PLAIN for t in args)
+    others = set(map(type, args)) - VALUES - TENSORS
+    heard = torch._C._len_torch_dispatch_stack() or any(issubclass(kind, Tensor) for kind in others)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return operator(*args) if heard else implementation(*args)
 
 
-PLAIN = (Tensor, torch.nn.Parameter)
+VALUES = {type(None), bool, int, float, str, list}
+TENSORS = {Tensor, torch.nn.Parameter}  # that hear of no operator
 
 
 class CrossAttention(Light):
@@ -192,14 +213,21 @@ class CrossAttention(Light):
         dy, _, dlse, _, _ = grads
         if dy is None and dlse is None:
             return (None,) * NUM_CALL
-        o, lse, state, free, *inputs = ctx.saved_tensors
-        need = Inputs(*ctx.needs_input_grad[:NUM_INPUTS])
-        wanted = [getattr(need, name) for name in Gradients._fields]
+        saved = ctx.saved_tensors
+        o, lse, state, free, *inputs = saved
+        q, k, v, _, _, _, _, bias, gate, scale, _ = ctx.needs_input_grad[:NUM_INPUTS]
+        wanted = [q, k, v, bias, gate, scale]
         dy = torch.zeros_like(o) if dy is None else dy
-        run = torch.ops.crossattn.backward if torch.compiler.is_compiling() else CrossAttentionBackward.apply
+        run: Callable[..., tuple[Tensor, ...]]
+        if torch.compiler.is_compiling():
+            run = torch.ops.crossattn.backward
+        elif _differentiated((dy, dlse, *saved)):
+            run = CrossAttentionBackward.apply
+        else:
+            run = CrossAttentionBackward.forward
         found = run(dy, dlse, o, lse, state, free, wanted, *inputs, *ctx.options)
-        named = {name: grad for name, grad, w in zip(Gradients._fields, found, wanted) if w}
-        return tuple(named.get(name) for name in Inputs._fields) + (None,) * (NUM_CALL - NUM_INPUTS)
+        dq, dk, dv, dbias, dgate, dscale = (grad if w else None for grad, w in zip(found, wanted))
+        return dq, dk, dv, None, None, None, None, dbias, dgate, dscale, None, *(None,) * (NUM_CALL - NUM_INPUTS)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
