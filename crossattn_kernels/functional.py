@@ -180,9 +180,12 @@ def choose(problem: Problem, backend: str | None) -> str:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, q, k and v take the autocast dtype, as SDPA's do; fp64 stays as it is there too."""
+    # torch.compile of torch 2.11 can trace none of these questions but is_autocast_enabled
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not torch._C._is_any_autocast_enabled():
+        return tensors
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    # torch.compile of torch 2.11 cannot trace is_autocast_available
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    available = compiling or torch.amp.is_autocast_available(kind)
     if not available or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)

@@ -36,11 +36,8 @@ class Inputs(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """(B, Hq, M, N)."""
-        return (
-            max(self.q.shape[0], self.k.shape[0]) if self.q.shape[0] and self.k.shape[0] else 0,
-            *self.q.shape[1:3],
-            self.k.shape[2],
-        )
+        (entries, Hq, M, _), (others, _, N, _) = self.q.shape, self.k.shape
+        return max(entries, others) if entries and others else 0, Hq, M, N
 
     @property
     def group(self) -> int:
@@ -69,6 +66,9 @@ class Options(NamedTuple):
         return Mask(x.start, x.end, x.keys, x.visible, self.query_group, self.key_group)
 
 
+AS_USUAL = Options()
+
+
 class Problem(NamedTuple):
     """Sizes, type and demands of one call: what schedules, explanations and cost models look at."""
 
@@ -94,16 +94,18 @@ class Problem(NamedTuple):
     def of(x: Inputs, options: Options | None = None) -> Problem:
         """Without options, what the choice of a backend looks at; with them also what that of a schedule does."""
         B, Hq, M, N = x.sizes
-        asked = options or Options()
-        rest = (x.keys, x.visible, x.bias, x.gate, x.scale, x.seed)
+        (entries, _, _, D), (others, Hk, _, _) = x.q.shape, x.k.shape
+        asked = options or AS_USUAL
+        sifted, ranged = not x.keys is x.visible is x.bias is None, not x.start is x.end is None
         return Problem(
-            B, Hq, x.k.shape[1], M, N, x.q.shape[3], x.v.shape[3], x.q.dtype, x.q.device,
-            masked=any(t is not None for t in (x.start, x.end, x.keys, x.visible)),
+            B, Hq, Hk, M, N, D, x.v.shape[3], x.q.dtype, x.q.device,
+            masked=ranged or not x.keys is x.visible is None,
             biased=x.bias is not None,
-            plain=all(t is None for t in rest) and not asked.softcap and asked.empty_rows == "zero",
-            sifts=any(t is not None for t in (x.keys, x.visible, x.bias)) or asked.empty_rows == "uniform",
-            shares_q=x.q.shape[0] < B,
-            shares_k=x.k.shape[0] < B,
+            plain=not sifted and x.gate is x.scale is x.seed is None and not asked.softcap
+            and asked.empty_rows == "zero",
+            sifts=sifted or asked.empty_rows == "uniform",
+            shares_q=entries < B,
+            shares_k=others < B,
             chunk=asked.chunk,
             aligned=options is None or all(_rows_aligned(t) for t in (x.q, x.k, x.v)),
         )  # fmt: skip
@@ -153,35 +155,24 @@ def canonical(
 
     Raises ValueError or TypeError: one sentence that names the argument and shows every shape.
     """
-    given = dict(q=q, k=k, v=v)
-    _check_tensors(**given)
-    x = Inputs(*map(_unit_last_stride, _shared_batch(q, k, v)))
-    B, Hq, M, N = x.sizes
+    _check_tensors(q, k, v)
+    given = dict(q=q, k=k, v=v)  # what an error message shows
+    shared = Inputs(*map(_unit_last_stride, _shared_batch(q, k, v)))
+    B, Hq, M, N = shared.sizes
     bias = None if bias is None else _fit("bias", _typed("bias", bias, "floats", **given), (B, Hq, M, N), **given)
     if isinstance(mask, Tensor):
         mask, bias = _from_tensor(mask, bias, (B, Hq, M, N), **given)
     elif mask is not None and not isinstance(mask, Mask):
         raise TypeError(f"mask must be a Mask or a tensor, got {type(mask).__name__}: {shapes(**given)}")
-    mask = mask or Mask()
-    if min(mask.query_group, mask.key_group) < 1:
-        got = f"{mask.query_group} and {mask.key_group}"
-        raise ValueError(f"mask.query_group and mask.key_group must be positive, got {got}: {shapes(**given)}")
-    groups = (-(-M // mask.query_group), -(-N // mask.key_group))
-    number = q.shape[3] ** -0.5 if scale is None or isinstance(scale, Tensor) else scale
-    x = x._replace(
-        start=_range("mask.start", mask.start, (B, Hq, M), **given),
-        end=_range("mask.end", mask.end, (B, Hq, M), **given),
-        keys=_bits("mask.keys", mask.keys, (B, N), **given),
-        visible=_bits("mask.visible", mask.visible, (B, Hq, *groups), **given),
-        bias=bias,
-        gate=None if gate is None else fit_gate(gate, (B, Hq, M, v.shape[3]), **given),
-        scale=_head_scale(scale, Hq, **given) if isinstance(scale, Tensor) else None,
-    )
+    fields = (None, None, None, None) if mask is None else _fields(mask, (B, Hq, M, N), **given)
+    gate = None if gate is None else fit_gate(gate, (B, Hq, M, v.shape[3]), **given)
+    by_head = _head_scale(scale, Hq, **given) if isinstance(scale, Tensor) else None
+    x = Inputs(shared.q, shared.k, shared.v, *fields, bias, gate, by_head)
     options = Options(
-        mask.query_group,
-        mask.key_group,
-        _float("scale", number, **given),
-        _softcap(softcap, **given),
+        1 if mask is None else mask.query_group,
+        1 if mask is None else mask.key_group,
+        q.shape[3] ** -0.5 if scale is None or by_head is not None else _float("scale", scale, **given),
+        0.0 if softcap is None else _softcap(softcap, **given),
         _dropout(dropout_p, **given),
         one_of("empty_rows", empty_rows, EMPTY_ROWS, **given),
     )
@@ -202,10 +193,10 @@ def one_of(name: str, value: T, allowed: tuple[T, ...], **given: Tensor) -> T:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, t in dict(q=q, k=k, v=v).items():
+    for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: {shapes(q=q, k=k, v=v)}")
-    for name, t in dict(q=q, k=k, v=v).items():
+    for name, t in (("q", q), ("k", k), ("v", v)):
         if t.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions: {shapes(q=q, k=k, v=v)}")
     if not q.dtype == k.dtype == v.dtype:
@@ -221,14 +212,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}: {shapes(q=q, k=k, v=v)}"
         )
+    (B, Hq, _, D), (entries, Hk, N, D_of_k), (entries_of_v, heads_of_v, N_of_v, _) = q.shape, k.shape, v.shape
     wrong = (
-        "the last size of `k`" if k.shape[3] != q.shape[3]
-        else "the number of heads of `v`" if v.shape[1] != k.shape[1]
-        else "the number of keys of `v`" if v.shape[2] != k.shape[2]
-        else "the batch of `v`" if v.shape[0] != k.shape[0]
-        else "the batch of `k`" if q.shape[0] != k.shape[0] and 1 not in (q.shape[0], k.shape[0])
-        else "the number of heads of `k` (it must divide that of `q`)" if _not_multiple(q.shape[1], k.shape[1])
-        else "the head size of `q`" if q.shape[3] == 0
+        "the last size of `k`" if D_of_k != D
+        else "the number of heads of `v`" if heads_of_v != Hk
+        else "the number of keys of `v`" if N_of_v != N
+        else "the batch of `v`" if entries_of_v != entries
+        else "the batch of `k`" if B != entries and 1 not in (B, entries)
+        else "the number of heads of `k` (it must divide that of `q`)" if _not_multiple(Hq, Hk)
+        else "the head size of `q`" if D == 0
         else None
     )  # fmt: skip
     if wrong:
@@ -307,6 +299,21 @@ def _kind(dtype: torch.dtype) -> str:
     return "bools" if dtype == torch.bool else "complex numbers" if dtype.is_complex else "integers"
 
 
+def _fields(mask: Mask, sizes: tuple[int, int, int, int], **given: Tensor) -> tuple[Tensor | None, ...]:
+    """start, end, keys and visible."""
+    if min(mask.query_group, mask.key_group) < 1:
+        got = f"{mask.query_group} and {mask.key_group}"
+        raise ValueError(f"mask.query_group and mask.key_group must be positive, got {got}: {shapes(**given)}")
+    B, Hq, M, N = sizes
+    groups = (-(-M // mask.query_group), -(-N // mask.key_group))
+    return (
+        _range("mask.start", mask.start, (B, Hq, M), **given),
+        _range("mask.end", mask.end, (B, Hq, M), **given),
+        _bits("mask.keys", mask.keys, (B, N), **given),
+        _bits("mask.visible", mask.visible, (B, Hq, *groups), **given),
+    )
+
+
 def _range(name: str, t: Tensor | None, target: tuple[int, ...], **given: Tensor) -> Tensor | None:
     if t is None:
         return None
@@ -348,9 +355,7 @@ def _float(name: str, value: Any, **given: Tensor) -> float:
     return float(value)
 
 
-def _softcap(softcap: float | None, **given: Tensor) -> float:
-    if softcap is None:
-        return 0.0
+def _softcap(softcap: float, **given: Tensor) -> float:
     if not _float("softcap", softcap, **given) > 0:
         raise ValueError(f"softcap must be positive, got {softcap}: {shapes(**given)}")
     return float(softcap)
