@@ -14,6 +14,7 @@ from torch import Tensor
 from crossattn_kernels.masks import INT32_MAX, Mask
 
 EMPTY_ROWS = ("zero", "uniform", "attend_all")
+Fields = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 T = TypeVar("T")
 SPEC = {"q": "(B, Hq, M, D)", "k": "(B, Hk, N, D)", "v": "(B, Hk, N, Dv)"}
 
@@ -164,7 +165,7 @@ def canonical(
         mask, bias = _from_tensor(mask, bias, (B, Hq, M, N), **given)
     elif mask is not None and not isinstance(mask, Mask):
         raise TypeError(f"mask must be a Mask or a tensor, got {type(mask).__name__}: {shapes(**given)}")
-    fields = (None, None, None, None) if mask is None else _fields(mask, (B, Hq, M, N), **given)
+    fields: Fields = (None, None, None, None) if mask is None else _fields(mask, (B, Hq, M, N), **given)
     gate = None if gate is None else fit_gate(gate, (B, Hq, M, v.shape[3]), **given)
     by_head = _head_scale(scale, Hq, **given) if isinstance(scale, Tensor) else None
     x = Inputs(shared.q, shared.k, shared.v, *fields, bias, gate, by_head)
@@ -299,7 +300,7 @@ def _kind(dtype: torch.dtype) -> str:
     return "bools" if dtype == torch.bool else "complex numbers" if dtype.is_complex else "integers"
 
 
-def _fields(mask: Mask, sizes: tuple[int, int, int, int], **given: Tensor) -> tuple[Tensor | None, ...]:
+def _fields(mask: Mask, sizes: tuple[int, int, int, int], **given: Tensor) -> Fields:
     """start, end, keys and visible."""
     if min(mask.query_group, mask.key_group) < 1:
         got = f"{mask.query_group} and {mask.key_group}"

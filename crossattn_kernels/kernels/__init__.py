@@ -60,7 +60,10 @@ def _backward(run: Backward) -> Gradients:
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, whichever holds the tensors."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
+    return torch.cuda.device(device) if elsewhere else HERE
+
+
+HERE = contextlib.nullcontext()
 
 
 def unsupported(problem: Problem) -> tuple[str, ...]:

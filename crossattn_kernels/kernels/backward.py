@@ -170,7 +170,8 @@ def fold_kernel(parts, whole, size, splits, C: tl.constexpr):
 def by_sequence(t: Tensor, parts: int = 1) -> Tensor:
     """Room for a gradient of q, k or v, laid out as (B, sequence, H, D), or for fp32 partial sums of it."""
     B, H, S, D = t.shape
-    return t.new_empty(parts * B, S, H, D, dtype=t.dtype if parts == 1 else torch.float32).transpose(1, 2)
+    dtype = t.dtype if parts == 1 else torch.float32
+    return t.new_empty_strided((parts * B, H, S, D), (S * H * D, D, H * D, 1), dtype=dtype)
 
 
 class Backward:

@@ -158,7 +158,7 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
     x = as_bytes(x)
     (B, Hq, M, N), Dv = x.sizes, x.v.shape[3]
     launch = Launcher.of(x, options)
-    y = x.q.new_empty(B, M, Hq, Dv).transpose(1, 2)
+    y = x.q.new_empty_strided((B, Hq, M, Dv), (M * Hq * Dv, Dv, Hq * Dv, 1))
     o = torch.empty_like(y) if x.gate_varies else None
     lse = x.q.new_empty(B, Hq, M, dtype=torch.float32)
     state = x.q.new_empty(B, 2, Hq, M, dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,13 +34,11 @@ CONFIGS = {
 
 
 class Launch(NamedTuple):
-    """What a launch needs besides the tensors, once its kernel is compiled."""
+    """A kernel that is compiled: `run(*bind(tensors))` launches it."""
 
     kernel: Any
-    programs: int
+    run: Callable[..., Any]
     bind: Callable[[Sequence[Any]], tuple[Any, ...]]  # the kernel's arguments from the tensors
-    constants: Constants
-    by: Callable[..., Any]
 
 
 class Launcher:
@@ -79,19 +78,24 @@ class Launcher:
         """
         known = self.launches.get((kernel.__name__, label))
         if known is not None:
-            known.by(known.kernel[known.programs, 1, 1], *known.bind(tensors), known.constants)
+            known.run(*known.bind(tensors))
             return
         # a tensor that is there twice is only by chance
         apart = [t.detach() if isinstance(t, Tensor) else t for t in tensors]
         programs, *template = arguments(*apart)
-        bind = binder(template, apart)
         config = getattr(self.plan, CONFIGS[kernel.__name__])
-        C, by = self.constants(config), _with_allocator if config.descriptors else _directly
+        C = self.constants(config)
+        bind = binder((*template, C), apart)
+
+        def ready(launch: Callable[..., Any]) -> Callable[..., Any]:
+            return partial(_with_allocator, launch) if config.descriptors else launch
+
         options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-        args = bind(tensors) if INTERPRETED.value else arguments(*tensors)[1:]  # the compiler wants to know the fields
-        compiled = by(kernel[(programs,)], *args, C, **options)
+        # the compiler wants to know the fields
+        args = bind(tensors) if INTERPRETED.value else (*arguments(*tensors)[1:], C)
+        compiled = ready(kernel[(programs,)])(*args, **options)
         if compiled is not None:  # the interpreter compiles nothing
-            self.launches[kernel.__name__, label] = Launch(compiled, programs, bind, C, by)
+            self.launches[kernel.__name__, label] = Launch(compiled, ready(compiled[programs, 1, 1]), bind)
 
     def query_tiles(self, config: Config) -> int:
         """Tiles of queries, of all heads or of all key heads."""
@@ -151,13 +155,9 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def _signature(value: Any) -> Any:
-    if not isinstance(value, Tensor):
+    if value is None or not isinstance(value, Tensor):
         return value
     return value.dtype, value.shape, value.stride(), value.data_ptr() % 16 == 0, value.device
-
-
-def _directly(launch: Any, *args: Any, **options: Any) -> Any:
-    return launch(*args, **options)
 
 
 def _with_allocator(launch: Any, *args: Any, **options: Any) -> Any:

@@ -93,6 +93,8 @@ def strided(t: Tensor, steps: Sequence[int], unit: int = 1) -> View:
 
 def as_bytes(x: Inputs) -> Inputs:
     """The tensors as kernels take them: bits are bytes."""
+    if x.keys is x.visible is None:
+        return x
     bits = dict(keys=x.keys, visible=x.visible)
     return x._replace(**{name: t.view(torch.uint8) for name, t in bits.items() if t is not None})
 
