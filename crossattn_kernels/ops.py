@@ -92,14 +92,27 @@ def backward_op(
     Those of q, k and v are laid out as y, (B, sequence, H, D), as projections take them; the others are contiguous.
     o: the forward's o, or its y where that o is empty.
     """
+    found = _gradients(dy, dlse, o, lse, state, free, wanted, *call)
+    return tuple([call[0].new_empty(0) if grad is None else grad for grad in found])
+
+
+def _gradients(
+    dy: Tensor,
+    dlse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    free: Tensor,
+    wanted: Sequence[bool],
+    *call: Any,
+) -> Gradients:
+    """What `backward_op` returns, with None for one that is not wanted."""
     x, options, backend = _unpack(call)
     filled = free if _keeps_free(x, options) else None
     with _no_autocast(x):
         grads = _engine(backend).backward(dy, dlse, x, options, o, lse, state, filled, Gradients._make(wanted))
-    return tuple(
-        x.q.new_empty(0) if g is None else _by_sequence(g) if name in ("q", "k", "v") else g.contiguous()
-        for name, g in zip(Gradients._fields, grads)
-    )
+    by_sequence = [None if grad is None else _by_sequence(grad) for grad in grads[:3]]
+    return Gradients(*by_sequence, *[None if grad is None else grad.contiguous() for grad in grads[3:]])
 
 
 def _by_sequence(t: Tensor) -> Tensor:
@@ -183,14 +196,14 @@ class Light(torch.autograd.Function):
 
 def _below_autograd(operator: Any, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
     """What the operator does without derivatives; where nobody listens to operators, the dispatcher is spared."""
-    others = set(map(type, args)) - VALUES - TENSORS
-    heard = torch._C._len_torch_dispatch_stack() or any(issubclass(kind, Tensor) for kind in others)
+    others = () if PLAIN.issuperset(map(type, args)) else args
+    heard = torch._C._len_torch_dispatch_stack() or any(isinstance(t, Tensor) and type(t) not in PLAIN for t in others)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return operator(*args) if heard else implementation(*args)
 
 
 VALUES = {type(None), bool, int, float, str, list}
-TENSORS = {Tensor, torch.nn.Parameter}  # that hear of no operator
+PLAIN = VALUES | {Tensor, torch.nn.Parameter}
 
 
 class CrossAttention(Light):
@@ -218,14 +231,13 @@ class CrossAttention(Light):
         q, k, v, _, _, _, _, bias, gate, scale, _ = ctx.needs_input_grad[:NUM_INPUTS]
         wanted = [q, k, v, bias, gate, scale]
         dy = torch.zeros_like(o) if dy is None else dy
-        run: Callable[..., tuple[Tensor, ...]]
+        args = (dy, dlse, o, lse, state, free, wanted, *inputs, *ctx.options)
         if torch.compiler.is_compiling():
-            run = torch.ops.crossattn.backward
+            found = torch.ops.crossattn.backward(*args)
         elif _differentiated((dy, dlse, *saved)):
-            run = CrossAttentionBackward.apply
+            found = CrossAttentionBackward.apply(*args)
         else:
-            run = CrossAttentionBackward.forward
-        found = run(dy, dlse, o, lse, state, free, wanted, *inputs, *ctx.options)
+            found = _below_autograd(torch.ops.crossattn.backward, _gradients, args)
         dq, dk, dv, dbias, dgate, dscale = (grad if w else None for grad, w in zip(found, wanted))
         return dq, dk, dv, None, None, None, None, dbias, dgate, dscale, None, *(None,) * (NUM_CALL - NUM_INPUTS)
 

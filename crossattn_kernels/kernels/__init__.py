@@ -53,8 +53,8 @@ def _backward(run: Backward) -> Gradients:
         found = found._replace(gate=run.dgate_by_channel())
     if wanted.bias:
         found = found._replace(bias=bias_grad(run))
-    asked = ((g, getattr(x, name), w) for name, g, w in zip(Gradients._fields, found, wanted))
-    return Gradients(*(g.to(t.dtype) if w and g is not None else None for g, t, w in asked))
+    asked = zip(found, (x.q, x.k, x.v, x.bias, x.gate, x.scale), wanted)
+    return Gradients(*[g.to(t.dtype) if w and g is not None and t is not None else None for g, t, w in asked])
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -55,8 +55,7 @@ class Launcher:
             options,
             circumstances(),
             torch.get_float32_matmul_precision(),
-            *map(_signature, x),
-            *map(_signature, others),
+            *[None if value is None else _signature(value) for value in (*x, *others)],
         )
         found = LAUNCHERS.get(key)
         if found is None:
@@ -155,7 +154,7 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def _signature(value: Any) -> Any:
-    if value is None or not isinstance(value, Tensor):
+    if not isinstance(value, Tensor):
         return value
     return value.dtype, value.shape, value.stride(), value.data_ptr() % 16 == 0, value.device
 
