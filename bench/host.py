@@ -48,6 +48,7 @@ def report() -> None:
     kernels.unsupported = lambda problem: ()  # the tensors are on the CPU, and nothing will touch them
     torch.set_num_threads(1)
     q, k, v = (torch.randn(1, 8, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (32, 77, 77))
+    constants = [t.detach() for t in (q, k, v)]
     x, options = canonical(q, k, v)
     seen: list[tuple[Any, ...]] = []
     with mock.patch.object(launch.Launcher, "__call__", lambda *call: seen.append(call)):
@@ -59,6 +60,9 @@ def report() -> None:
 
     def ours() -> torch.Tensor:
         return cross_attention(q, k, v, backend="triton")
+
+    def inference() -> torch.Tensor:
+        return cross_attention(*constants, backend="triton")
 
     def sdpa() -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v)
@@ -73,6 +77,7 @@ def report() -> None:
         "decision alone": lambda: launch.Launcher.of(x, options),
         "checks of the arguments": lambda: canonical(q, k, v),
         "forward of the kernels": lambda: kernels.forward(x, options),
+        "cross_attention, forward, nothing to differentiate": inference,
         "cross_attention, forward": ours,
         "cross_attention, forward and backward": both(ours),
         "SDPA on the CPU, which computes, forward": sdpa,

@@ -41,14 +41,12 @@ for schema in (
 def attend(x: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     """(y, lse) of a canonical call."""
     # torch.compile and torch.export see the operator, torch.func and autograd the Function that is its derivative
-    run: Callable[..., tuple[Tensor, ...]]
     if torch.compiler.is_compiling():
-        run = torch.ops.crossattn.forward
+        y, _, lse, _, _ = torch.ops.crossattn.forward(*x, *options, backend)
     elif _differentiated(x):
-        run = CrossAttention.apply
+        y, _, lse, _, _ = CrossAttention.apply(*x, *options, backend)
     else:
-        run = CrossAttention.forward
-    y, _, lse, _, _ = run(*x, *options, backend)
+        y, _, lse, _, _ = CrossAttention.forward(*_alive(x), *options, backend)
     return y, lse
 
 
@@ -189,9 +187,12 @@ class Light(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        # a tensor that outlived its transform is taken for what it wraps, as `Function.apply` does
-        args = tuple([t if type(t) in VALUES else torch._C._functorch.unwrap_if_dead(t) for t in args])
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        return super(torch.autograd.Function, cls).apply(*_alive(args))  # type: ignore[misc]
+
+
+def _alive(args: Iterable[Any]) -> list[Any]:
+    """A tensor that outlived its transform is taken for what it wraps, as `Function.apply` does."""
+    return [t if type(t) in VALUES else torch._C._functorch.unwrap_if_dead(t) for t in args]
 
 
 def _below_autograd(operator: Any, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
@@ -237,7 +238,7 @@ class CrossAttention(Light):
         elif _differentiated((dy, dlse, *saved)):
             found = CrossAttentionBackward.apply(*args)
         else:
-            found = _below_autograd(torch.ops.crossattn.backward, _gradients, args)
+            found = _below_autograd(torch.ops.crossattn.backward, _gradients, (*_alive(args[:2]), *args[2:]))
         dq, dk, dv, dbias, dgate, dscale = (grad if w else None for grad, w in zip(found, wanted))
         return dq, dk, dv, None, None, None, None, dbias, dgate, dscale, None, *(None,) * (NUM_CALL - NUM_INPUTS)
 

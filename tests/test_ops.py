@@ -17,7 +17,7 @@ from torch.utils import checkpoint as ckpt
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossattn_kernels import Mask, cross_attention, tiled
-from crossattn_kernels.ops import CrossAttention, Gradients, Inputs
+from crossattn_kernels.ops import CrossAttention, CrossAttentionBackward, Gradients, Inputs
 from crossattn_kernels.problem import canonical
 from crossattn_kernels.testing import Case, draw, run
 
@@ -137,6 +137,28 @@ def test_the_operator_is_differentiable(backend):
     found = torch.autograd.grad(y.sum() + lse.sum(), x)
     y, _, lse, *_ = CrossAttention.apply(*args)
     same(found, torch.autograd.grad(y.sum() + lse.sum(), x))
+
+
+@backends
+def test_functions_are_applied_where_something_is_differentiated(backend, monkeypatch):
+    tensors, f = leaves(EVERYTHING), attend(EVERYTHING, backend)
+    y, *gradients = results(f, tensors.values())
+    torch.manual_seed(7)
+    again = f(*tensors.values())
+    weights = torch.linspace(-1, 2, y.numel()).reshape(y.shape)
+    same(torch.autograd.grad((weights * again).sum(), list(tensors.values()), create_graph=True), gradients)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("nothing is differentiated here")
+
+    monkeypatch.setattr(CrossAttentionBackward, "apply", refuse)
+    same(results(f, tensors.values()), (y, *gradients))
+    monkeypatch.setattr(CrossAttention, "apply", refuse)
+    torch.manual_seed(7)
+    same([f(*(t.detach() for t in tensors.values()))], [y])
+    torch.manual_seed(7)
+    with torch.no_grad():
+        same([f(*tensors.values())], [y])
 
 
 @backends
@@ -651,6 +673,21 @@ def test_per_sample_gradients_of_a_model():
     for i in range(2):
         exact = torch.autograd.grad(model(x[i], context[i], lengths[i]).square().sum(), list(model.parameters()))
         close([found[n][i] for n in parameters], exact)
+
+
+@backends
+@pytest.mark.parametrize("recording", [True, False])
+def test_a_tensor_that_outlived_its_transform(recording, backend):
+    q, k, v = (t.detach() for t in leaves(SMALL).values())
+    left: list[Tensor] = []
+    grad(lambda t: (left.extend([t, torch.ones_like(t)]), t.sum())[1])(q)
+    with torch.set_grad_enabled(recording):
+        for t, plain in zip(left, (q, torch.ones_like(q))):
+            same([cross_attention(t, k, v, backend=backend)], [cross_attention(plain, k, v, backend=backend)])
+    y = cross_attention(q.requires_grad_(), k, v, backend=backend)
+    grad(lambda t: (left.append(torch.ones_like(t)), t.sum())[1])(y.detach())
+    found = torch.autograd.grad(y, q, left[-1], retain_graph=True)
+    same(found, torch.autograd.grad(y, q, torch.ones_like(y)))
 
 
 # ---- autocast ----
