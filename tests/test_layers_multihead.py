@@ -267,6 +267,16 @@ def test_compiles_into_one_graph(mask, weights):
     assert_close(results[1], results[0])
 
 
+def test_compiles_for_every_length():
+    ours = pair(batch_first=True)[1]
+    torch.compiler.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    query, key, value = draw(ours, "batch first")
+    for length in (M, M - 2):
+        inputs = query[:, :length], key, value
+        assert_close(compiled(*inputs), ours(*inputs))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision(dtype, autocast):

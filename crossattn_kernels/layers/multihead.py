@@ -134,19 +134,18 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         given = dict(query=query, key=key, value=value)
-        got = ", ".join(f"{name} is {tuple(t.shape)}" for name, t in given.items() if not t.is_nested)
         if any(t.is_nested for t in given.values()):
             raise ValueError("nested tensors are not supported: pass padded ones and key_padding_mask")
         if query.ndim not in (2, 3) or not query.ndim == key.ndim == value.ndim:
-            raise ValueError(f"query, key and value must all have 3 dimensions, or 2 without a batch: {got}")
+            raise ValueError(f"query, key and value must all have 3 dimensions, or 2 without a batch: {_shapes(given)}")
         for (name, t), channels in zip(given.items(), (self.embed_dim, self.kdim, self.vdim)):
             if t.shape[-1] != channels:
-                raise ValueError(f"the last size of {name} must be {channels}: {got}")
+                raise ValueError(f"the last size of {name} must be {channels}: {_shapes(given)}")
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(f"key and value must have one batch and one length: {got}")
+            raise ValueError(f"key and value must have one batch and one length: {_shapes(given)}")
         axis = 0 if self.batch_first else 1
         if query.ndim == 3 and query.shape[axis] not in (1, key.shape[axis]):
-            raise ValueError(f"the batch of query must be that of key, or 1: {got}")
+            raise ValueError(f"the batch of query must be that of key, or 1: {_shapes(given)}")
 
     def extra_repr(self) -> str:
         said = f"{self.embed_dim}, {self.num_heads}, kdim={self.kdim}, vdim={self.vdim}"
@@ -155,6 +154,10 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
         said += "" if self.bias_k is None else ", add_bias_kv=True"
         said += ", add_zero_attn=True" if self.add_zero_attn else ""
         return said + f", batch_first={self.batch_first}"
+
+
+def _shapes(given: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} is {tuple(t.shape)}" for name, t in given.items())
 
 
 def _check_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
