@@ -256,6 +256,12 @@ def test_one_context_serves_a_batch():
     assert_close(layer(x, context_cache=cache), layer(x, context[:1].expand(B, -1, -1)))
 
 
+def test_an_empty_batch_may_share_a_context():
+    layer = double("scalar")
+    x, context = draw()
+    assert layer(x[:0], context[:1], residual=x[:0]).shape == x[:0].shape
+
+
 def test_one_sequence_reads_every_context_of_a_batch():
     layer = double("scalar")
     x, context = draw()
@@ -344,6 +350,8 @@ def test_repr():
         (dict(dim=32, kv_heads=3), "heads=8 and kv_heads=3"),
         (dict(dim=32, kv_heads=0), "heads=8 and kv_heads=0"),
         (dict(dim=32, gate="channels"), "gate must be one of .*'channels'"),
+        (dict(dim=32, head_dim=-4), "must be positive, got .*head_dim=-4"),
+        (dict(dim=32, context_dim=0), "must be positive, got .*context_dim=0"),
         (dict(dim=32, dropout=1.0), r"dropout must be in \[0, 1\)"),
     ],
 )

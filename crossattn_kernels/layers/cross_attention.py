@@ -68,6 +68,9 @@ class CrossAttention(nn.Module):
         self.dim, self.context_dim = dim, dim if context_dim is None else context_dim
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
         self.head_dim = dim // heads if head_dim is None else head_dim
+        if min(self.dim, self.context_dim, self.head_dim) < 1:
+            got = f"dim={dim}, context_dim={context_dim} and head_dim={head_dim}"
+            raise ValueError(f"dim, context_dim and head_dim must be positive, got {got}")
         if self.kv_heads < 1 or heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads, got heads={heads} and kv_heads={kv_heads}")
         if not 0 <= dropout < 1:
@@ -132,7 +135,7 @@ class CrossAttention(nn.Module):
         elif context is not None or context_cache is None:
             raise ValueError("give either context or context_cache, got " + ("neither" if context is None else "both"))
         k, v = context_cache
-        full = (max(x.shape[0], k.shape[0]), *x.shape[1:])
+        full = (k.shape[0] if x.shape[0] == 1 else x.shape[0], *x.shape[1:])
         if residual is not None and tuple(residual.shape) not in (full, (1, *full[1:])):
             raise ValueError(f"residual must have the shape {full}, or a batch of 1, got {tuple(residual.shape)}")
         q = self.q_norm(self._split(self.q_proj(self.norm(x))))
