@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from crossattn_kernels import Mask
 from crossattn_kernels.layers import multihead
 from crossattn_kernels.layers.multihead import MultiheadCrossAttention
 
@@ -314,6 +315,7 @@ def test_wrong_calls():
             r"key_padding_mask .*\(3, 7\), got \(7, 3\)",
         ),
         ((query, key, value), dict(key_padding_mask=hidden.long()), TypeError, "key_padding_mask .*torch.int64"),
+        ((query, key, value), dict(attn_mask=Mask.causal(M, N)), TypeError, "attn_mask must be a tensor .* got Mask"),
         ((query, key, value), dict(attn_mask=hidden), ValueError, r"\(5, 7\) or \(12, 5, 7\), got \(3, 7\)"),
         (
             (torch.nested.nested_tensor([key[0]], layout=torch.jagged),) * 3,

@@ -23,6 +23,8 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
         a query that sees no key takes 0 from attention, and its weights are 0; `nn.MultiheadAttention` gives NaN with
             need_weights=True and with bool or -inf masks;
         weights that are returned are those before dropout;
+        is_causal hides no key of `add_bias_kv` or `add_zero_attn`; `nn.MultiheadAttention` hides them with
+            need_weights=False and no key_padding_mask;
         a query of batch 1 serves every batch entry of key and value;
         nested tensors are refused, and there is no other path for inference.
     Source: https://arxiv.org/abs/1706.03762.
@@ -161,7 +163,8 @@ def _shapes(given: dict[str, Tensor]) -> str:
 
 
 def _check_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{name} must be a tensor of bools or floats, got {mask.dtype}")
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a tensor of bools or floats, got {got}")
     if mask.shape not in shapes:
         raise ValueError(f"{name} must have the shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
