@@ -104,7 +104,7 @@ class GatedCrossAttentionBlock(nn.Module):
         mention gets 0 where it would see the latest medium, and the mean over all media where it would see all before
         it; text after more mentions than media gets that mean too where it would see the latest.
 
-        Returns (B, M, dim).  Raises ValueError if shapes do not fit.
+        Returns (B, M, dim).  Raises ValueError if dimensions or media_locations do not fit.
         """
         if x.ndim != 3 or media.ndim != 4:
             raise ValueError(
@@ -113,7 +113,7 @@ class GatedCrossAttentionBlock(nn.Module):
         mask, looks = None, None
         gate: Tensor = self.attn_gate
         if media_locations is not None:
-            mentions = _mentions(media_locations, x, use_cached_media)
+            mentions = _mentions(media_locations, x, media, use_cached_media)
             mask, finds = _ranges(mentions, media.shape[1], media.shape[2], self.only_attend_immediate_media)
             looks = finds.transpose(1, 2)
             if self.only_attend_immediate_media:
@@ -124,10 +124,12 @@ class GatedCrossAttentionBlock(nn.Module):
         return x + self.ff(x) * self.ff_gate.tanh()
 
 
-def _mentions(locations: Tensor, x: Tensor, whole_prompt: bool) -> Tensor:
+def _mentions(locations: Tensor, x: Tensor, media: Tensor, whole_prompt: bool) -> Tensor:
     """How many media were mentioned up to each token of x, this one included: (B, 1, M), or (B, 1, 1) for all."""
-    if locations.ndim != 2 or (locations.shape[1] != x.shape[1] and not whole_prompt):
-        raise ValueError(f"media_locations must be (B, M), got {tuple(locations.shape)}: x is {tuple(x.shape)}")
+    fits = locations.ndim == 2 and locations.shape[0] in (1, x.shape[0], media.shape[0])
+    if not fits or (locations.shape[1] != x.shape[1] and not whole_prompt):
+        sizes = f"x is {tuple(x.shape)}, media is {tuple(media.shape)}"
+        raise ValueError(f"media_locations must be (B, M), got {tuple(locations.shape)}: {sizes}")
     locations = locations.bool()[:, None]
     return locations.sum(-1, keepdim=True) if whole_prompt else locations.cumsum(-1)
 
