@@ -70,6 +70,12 @@ def test_queries_and_text(query_length):
     assert_same(run(ours, Mask.key_padding), run(theirs, additive))
 
 
+def test_no_rows_at_all():
+    ours, _ = pair()
+    x, image = inputs().values()
+    assert ours(x[:, :0], None, image).shape == x[:, :0].shape
+
+
 @pytest.mark.parametrize("form", ["bool", "additive"])
 def test_transformers_masks_are_understood(form):
     ours, _ = pair()
@@ -151,6 +157,9 @@ def test_wrong_calls():
         ours(x)
     with pytest.raises(ValueError, match=r"\(3, 6, 24\) has 2 rows of text after query_length=4 queries"):
         ours(x, None, image, query_length=4)
+    for count in (-1, 7):
+        with pytest.raises(ValueError, match=f"query_length must be from 0 to 6, got {count}"):
+            ours(x, None, image, query_length=count)
     with pytest.raises(ValueError, match="dim must be a multiple of heads, got dim=24 and heads=5"):
         QFormerLayer(24, 5)
 

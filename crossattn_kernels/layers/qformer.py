@@ -86,12 +86,15 @@ class QFormerLayer(nn.Module):
         attention_mask, encoder_attention_mask: over hidden_states and over the image, a `Mask` or a tensor as
             `cross_attention` takes it; for padding, `Mask.key_padding(keep)` with keep bool (B, M) or (B, N).
             A row that may see nothing gets 0 from the attention, as under PyTorch's SDPA.
-        query_length: how many of the M rows are queries; default all.
+        query_length: how many of the M rows are queries, from 0 to M; default all.
 
-        Returns (B, M, dim).  Raises ValueError if the image, or the feed-forward for text, is missing.
+        Returns (B, M, dim).  Raises ValueError if the image, or the feed-forward for text, is missing, or if
+        query_length is out of range.
         """
         x = self.attention(hidden_states, hidden_states, attention_mask)
         count = x.shape[1] if query_length is None else query_length
+        if not 0 <= count <= x.shape[1]:
+            raise ValueError(f"query_length must be from 0 to {x.shape[1]}, got {query_length}")
         queries, text = x[:, :count], x[:, count:]
         if text.shape[1] and not hasattr(self, "intermediate"):
             raise ValueError(
@@ -107,7 +110,7 @@ class QFormerLayer(nn.Module):
             rows.append(self.output_query(self.intermediate_query(queries), queries))
         if text.shape[1]:
             rows.append(self.output(self.intermediate(text), text))
-        return torch.cat(rows, 1) if len(rows) > 1 else rows[0]
+        return torch.cat(rows, 1) if len(rows) > 1 else (rows or [x])[0]
 
 
 def _feed_forward(dim: int, hidden_dim: int, dropout: float, eps: float) -> tuple[nn.Sequential, AddAndNorm]:
