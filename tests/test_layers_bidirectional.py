@@ -240,6 +240,13 @@ def test_heads_must_divide_the_width():
         BiMultiheadAttention(DIM, DIM, 32, 5)
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 4).bool(), torch.zeros(2, 5), torch.zeros(2, 5).long()])
+def test_a_mask_that_does_not_fit_is_named(wrong):
+    layer, vision, text = BiMultiheadAttention(16, 12, 8, 2), torch.randn(2, 3, 16), torch.randn(2, 5, 12)
+    with pytest.raises(ValueError, match=r"text_attention_mask must be bool \(2, 5\), True for padding, got torch\."):
+        layer(vision, text, text_attention_mask=wrong)
+
+
 @pytest.mark.parametrize(
     "make, run, module", [(lxmert_pair, lxmert_results, bert), (grounding_pair, grounding_results, bidirectional)]
 )

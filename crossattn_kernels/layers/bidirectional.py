@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from crossattn_kernels.functional import cross_attention
@@ -122,9 +123,10 @@ class BiMultiheadAttention(nn.Module):
         vision_attention_mask, text_attention_mask: bool (B, M) and (B, N), True for padding.  Who sees nothing but
             padding gets the bias of its output projection, where transformers' class returns NaN.
 
-        Returns (vision, text), of the shapes given, without residuals.
+        Returns (vision, text), of the shapes given, without residuals.  Raises ValueError for other masks.
         """
-        vision_seen, text_seen = _seen(vision_attention_mask), _seen(text_attention_mask)
+        vision_seen = _seen("vision_attention_mask", vision_attention_mask, vision)
+        text_seen = _seen("text_attention_mask", text_attention_mask, text)
         # they ask in one direction and are asked in the other
         vision_key, text_key = self._split(self.vision_proj(vision)), self._split(self.text_proj(text))
         vision_value = self._split(self.values_vision_proj(vision))
@@ -138,5 +140,10 @@ class BiMultiheadAttention(nn.Module):
         return split_heads(x, self.heads)
 
 
-def _seen(padding: Tensor | None) -> Mask | None:
-    return None if padding is None else Mask.key_padding(~padding)
+def _seen(name: str, padding: Tensor | None, x: Tensor) -> Mask | None:
+    if padding is None:
+        return None
+    if padding.dtype != torch.bool or padding.ndim != 2 or padding.shape[1] != x.shape[1]:
+        wanted = f"bool ({x.shape[0]}, {x.shape[1]}), True for padding"
+        raise ValueError(f"{name} must be {wanted}, got {padding.dtype} {tuple(padding.shape)}")
+    return Mask.key_padding(~padding)
