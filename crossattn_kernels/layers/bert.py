@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from crossattn_kernels.functional import cross_attention
@@ -16,14 +18,14 @@ class ProjectedAttention(nn.Module):
     mask and empty_rows: as `cross_attention` takes them.  dropout: share of the probabilities dropped in training.
     """
 
-    def __init__(self, dim: int, context_dim: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, context_dim: int, heads: int, dropout: float = 0.0, **place: Any) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got dim={dim} and heads={heads}")
         self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(context_dim, dim)
-        self.value = nn.Linear(context_dim, dim)
+        self.query = nn.Linear(dim, dim, **place)
+        self.key = nn.Linear(context_dim, dim, **place)
+        self.value = nn.Linear(context_dim, dim, **place)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, dropout={self.dropout}"
@@ -40,10 +42,10 @@ class AddAndNorm(nn.Module):
     x: (B, M, hidden_dim)   residual: (1|B, M, dim)   result: (B, M, dim)
     """
 
-    def __init__(self, hidden_dim: int, dim: int, dropout: float = 0.0, eps: float = 1e-12) -> None:
+    def __init__(self, hidden_dim: int, dim: int, dropout: float = 0.0, eps: float = 1e-12, **place: Any) -> None:
         super().__init__()
-        self.dense = nn.Linear(hidden_dim, dim)
-        self.LayerNorm = nn.LayerNorm(dim, eps=eps)
+        self.dense = nn.Linear(hidden_dim, dim, **place)
+        self.LayerNorm = nn.LayerNorm(dim, eps=eps, **place)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:

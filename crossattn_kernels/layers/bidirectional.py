@@ -28,11 +28,20 @@ class BidirectionalCrossAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, *, attention_dropout: float = 0.0, dropout: float = 0.0, eps: float = 1e-12
+        self,
+        dim: int,
+        heads: int,
+        *,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+        eps: float = 1e-12,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.att = ProjectedAttention(dim, dim, heads, attention_dropout)
-        self.output = AddAndNorm(dim, dim, dropout, eps)
+        place: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.att = ProjectedAttention(dim, dim, heads, attention_dropout, **place)
+        self.output = AddAndNorm(dim, dim, dropout, eps, **place)
         self.register_load_state_dict_pre_hook(_take_cross_attention)
         self.reset_parameters()
 
@@ -89,17 +98,28 @@ class BiMultiheadAttention(nn.Module):
     Source: Grounding DINO, https://arxiv.org/abs/2303.05499, section 3.2; GLIP, https://arxiv.org/abs/2112.03857.
     """
 
-    def __init__(self, vision_dim: int, text_dim: int, embed_dim: int, heads: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        vision_dim: int,
+        text_dim: int,
+        embed_dim: int,
+        heads: int,
+        *,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if embed_dim % heads:
             raise ValueError(f"embed_dim must be a multiple of heads, got embed_dim={embed_dim} and heads={heads}")
         self.heads, self.dropout = heads, dropout
-        self.vision_proj = nn.Linear(vision_dim, embed_dim)
-        self.text_proj = nn.Linear(text_dim, embed_dim)
-        self.values_vision_proj = nn.Linear(vision_dim, embed_dim)
-        self.values_text_proj = nn.Linear(text_dim, embed_dim)
-        self.out_vision_proj = nn.Linear(embed_dim, vision_dim)
-        self.out_text_proj = nn.Linear(embed_dim, text_dim)
+        place: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.vision_proj = nn.Linear(vision_dim, embed_dim, **place)
+        self.text_proj = nn.Linear(text_dim, embed_dim, **place)
+        self.values_vision_proj = nn.Linear(vision_dim, embed_dim, **place)
+        self.values_text_proj = nn.Linear(text_dim, embed_dim, **place)
+        self.out_vision_proj = nn.Linear(embed_dim, vision_dim, **place)
+        self.out_text_proj = nn.Linear(embed_dim, text_dim, **place)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

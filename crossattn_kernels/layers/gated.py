@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,11 +12,14 @@ from crossattn_kernels.layers.heads import merge_heads, split_heads
 from crossattn_kernels.masks import Mask
 
 
-def feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
+def feed_forward(dim: int, mult: int = 4, **place: Any) -> nn.Sequential:
     """LayerNorm, projection to mult * dim, GELU and back, without biases: (..., dim) -> (..., dim)."""
     inner = int(dim * mult)
     return nn.Sequential(
-        nn.LayerNorm(dim), nn.Linear(dim, inner, bias=False), nn.GELU(), nn.Linear(inner, dim, bias=False)
+        nn.LayerNorm(dim, **place),
+        nn.Linear(dim, inner, bias=False, **place),
+        nn.GELU(),
+        nn.Linear(inner, dim, bias=False, **place),
     )
 
 
@@ -33,14 +38,14 @@ class MaskedCrossAttention(nn.Module):
     looks: (B, M, 1); a query times 0 takes the mean over what it sees.
     """
 
-    def __init__(self, dim: int, dim_visual: int, dim_head: int, heads: int) -> None:
+    def __init__(self, dim: int, dim_visual: int, dim_head: int, heads: int, **place: Any) -> None:
         super().__init__()
         inner = dim_head * heads
         self.heads = heads
-        self.norm = nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(dim_visual, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
+        self.norm = nn.LayerNorm(dim, **place)
+        self.to_q = nn.Linear(dim, inner, bias=False, **place)
+        self.to_kv = nn.Linear(dim_visual, 2 * inner, bias=False, **place)
+        self.to_out = nn.Linear(inner, dim, bias=False, **place)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
@@ -75,13 +80,16 @@ class GatedCrossAttentionBlock(nn.Module):
         heads: int = 8,
         ff_mult: int = 4,
         only_attend_immediate_media: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        place: dict[str, Any] = dict(device=device, dtype=dtype)
         self.only_attend_immediate_media = only_attend_immediate_media
-        self.attn = MaskedCrossAttention(dim, dim_visual or dim, dim_head, heads)
-        self.attn_gate = nn.Parameter(torch.empty(1))
-        self.ff = feed_forward(dim, ff_mult)
-        self.ff_gate = nn.Parameter(torch.empty(1))
+        self.attn = MaskedCrossAttention(dim, dim_visual or dim, dim_head, heads, **place)
+        self.attn_gate = nn.Parameter(torch.empty(1, **place))
+        self.ff = feed_forward(dim, ff_mult, **place)
+        self.ff_gate = nn.Parameter(torch.empty(1, **place))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -18,15 +18,15 @@ class PerceiverAttention(nn.Module):
     x: (B, N, dim)   latents: (1|B, L, dim)   result: (B, L, dim)
     """
 
-    def __init__(self, dim: int, dim_head: int, heads: int) -> None:
+    def __init__(self, dim: int, dim_head: int, heads: int, **place: Any) -> None:
         super().__init__()
         inner = dim_head * heads
         self.heads = heads
-        self.norm_media = nn.LayerNorm(dim)
-        self.norm_latents = nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
+        self.norm_media = nn.LayerNorm(dim, **place)
+        self.norm_latents = nn.LayerNorm(dim, **place)
+        self.to_q = nn.Linear(dim, inner, bias=False, **place)
+        self.to_kv = nn.Linear(dim, 2 * inner, bias=False, **place)
+        self.to_out = nn.Linear(inner, dim, bias=False, **place)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
@@ -73,15 +73,19 @@ class PerceiverResampler(nn.Module):
         max_num_media: int | None = None,
         max_num_frames: int | None = None,
         ff_mult: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.empty(num_latents, dim))
-        self.frame_embs = nn.Parameter(torch.empty(max_num_frames, dim)) if max_num_frames else None
-        self.media_time_embs = nn.Parameter(torch.empty(max_num_media, 1, dim)) if max_num_media else None
+        place: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.latents = nn.Parameter(torch.empty(num_latents, dim, **place))
+        self.frame_embs = nn.Parameter(torch.empty(max_num_frames, dim, **place)) if max_num_frames else None
+        self.media_time_embs = nn.Parameter(torch.empty(max_num_media, 1, dim, **place)) if max_num_media else None
         self.layers = nn.ModuleList(
-            PerceiverLayer([PerceiverAttention(dim, dim_head, heads), feed_forward(dim, ff_mult)]) for _ in range(depth)
+            PerceiverLayer([PerceiverAttention(dim, dim_head, heads, **place), feed_forward(dim, ff_mult, **place)])
+            for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, **place)
         self.register_load_state_dict_pre_hook(_rename_media_embeddings)
         self.reset_parameters()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,11 @@ class QFormerAttention(nn.Module):
     """Attention, output projection, residual and normalisation: one of the two attentions of a `QFormerLayer`."""
 
     def __init__(
-        self, dim: int, context_dim: int, heads: int, attention_dropout: float, dropout: float, eps: float
+        self, dim: int, context_dim: int, heads: int, attention_dropout: float, dropout: float, eps: float, **place: Any
     ) -> None:
         super().__init__()
-        self.attention = ProjectedAttention(dim, context_dim, heads, attention_dropout)
-        self.output = AddAndNorm(dim, dim, dropout, eps)
+        self.attention = ProjectedAttention(dim, context_dim, heads, attention_dropout, **place)
+        self.output = AddAndNorm(dim, dim, dropout, eps, **place)
 
     def forward(self, x: Tensor, context: Tensor, mask: Mask | Tensor | None) -> Tensor:
         return self.output(self.attention(x, context, mask), x)
@@ -52,17 +53,20 @@ class QFormerLayer(nn.Module):
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
         eps: float = 1e-12,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.has_cross_attention = layer_idx % cross_attention_frequency == 0
         context_dim, hidden_dim = context_dim or dim, hidden_dim or 4 * dim
+        place: dict[str, Any] = dict(device=device, dtype=dtype)
         rest = (heads, attention_dropout, dropout, eps)
-        self.attention = QFormerAttention(dim, dim, *rest)
+        self.attention = QFormerAttention(dim, dim, *rest, **place)
         if self.has_cross_attention:
-            self.crossattention = QFormerAttention(dim, context_dim, *rest)
+            self.crossattention = QFormerAttention(dim, context_dim, *rest, **place)
         if text_feed_forward:
-            self.intermediate, self.output = _feed_forward(dim, hidden_dim, dropout, eps)
-        self.intermediate_query, self.output_query = _feed_forward(dim, hidden_dim, dropout, eps)
+            self.intermediate, self.output = _feed_forward(dim, hidden_dim, dropout, eps, **place)
+        self.intermediate_query, self.output_query = _feed_forward(dim, hidden_dim, dropout, eps, **place)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -113,6 +117,8 @@ class QFormerLayer(nn.Module):
         return torch.cat(rows, 1) if len(rows) > 1 else (rows or [x])[0]
 
 
-def _feed_forward(dim: int, hidden_dim: int, dropout: float, eps: float) -> tuple[nn.Sequential, AddAndNorm]:
-    rise = OrderedDict(dense=nn.Linear(dim, hidden_dim), activation=nn.GELU())
-    return nn.Sequential(rise), AddAndNorm(hidden_dim, dim, dropout, eps)
+def _feed_forward(
+    dim: int, hidden_dim: int, dropout: float, eps: float, **place: Any
+) -> tuple[nn.Sequential, AddAndNorm]:
+    rise = OrderedDict(dense=nn.Linear(dim, hidden_dim, **place), activation=nn.GELU())
+    return nn.Sequential(rise), AddAndNorm(hidden_dim, dim, dropout, eps, **place)
