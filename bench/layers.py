@@ -1,7 +1,7 @@
 """Layers and models beside the library's own: what a user gains who replaces one class or calls `apply`.
 
 `python -m bench.layers --device cuda` times them on a GPU and writes bench/results/layers-<device>.json; on a CPU
-`make bench` does.  A pair whose library is not installed is left out.
+`make bench` does.  A pair that is wrong, or whose library is not installed, gets a row that says so and no times.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ def flamingo(place: Place, dim: int = 1024, feed_forward: bool = True) -> Pair:
 
 
 def mllama(place: Place) -> Pair:
-    """Llama-3.2-Vision's cross-attention layer, 2 images of 4 tiles of 1601 tokens, from the mask of tiles on."""
+    """Llama-3.2-Vision's cross-attention layer, 2 images of 4 tiles of 1601 tokens, from the mask of tiles on.
+
+    The whole model makes that mask once for all its layers; here one layer bears it.
+    """
     from transformers.models.mllama import modeling_mllama as upstream
     from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
@@ -192,7 +195,7 @@ PAIRS: dict[str, tuple[Callable[[Place], Pair], tuple[str, ...], float | None]] 
 def check(pair: Pair, mode: str, tolerance: float) -> None:
     """Outputs and gradients of both, relative to the largest value of each; AssertionError if they differ."""
     runs = pair.bind(mode)
-    for i, (a, b) in enumerate(zip(runs["ours"](), runs["theirs"]())):
+    for i, (a, b) in enumerate(zip(runs["ours"](), runs["theirs"](), strict=True)):
         worst, largest = (a - b).abs().max().item(), b.abs().max().item()
         assert worst <= tolerance * largest, f"result {i} is off by {worst:.1e}, where {largest:.1e} is the largest"
 
@@ -229,12 +232,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     machine, found = rows.machine(name, args.commit), []
+    path = rows.path_of(args.out, f"layers-{name}").with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     for what, (build, modes, _) in PAIRS.items():
         for mode in modes:
             found.append(dict(name=what, mode=mode, **timed(build, mode, args.device), **machine))
             print({k: v for k, v in found[-1].items() if k not in machine}, flush=True)
-    path = rows.path_of(args.out, f"layers-{name}").with_suffix(".json")
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
+            # at once: a run that is cut off keeps what it has measured
+            path.write_text("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
     print(path)
     return 0
 
