@@ -21,6 +21,7 @@ class BidirectionalCrossAttention(nn.Module):
 
     dim, heads: width of both sequences, and its number of heads.
     attention_dropout, dropout: shares dropped of the probabilities, and before the residual sums, in training.
+    eps: of the normalisation.
 
     Loads the state dict of transformers' `LxmertCrossAttentionLayer`, and its part of that of `LxmertXLayer`.
     Initialisation: weights from N(0, 0.02²), biases 0.
@@ -95,7 +96,7 @@ class BiMultiheadAttention(nn.Module):
 
     Parameters have the names of transformers' `GroundingDinoBiMultiHeadAttention`.
     Initialisation: weights Xavier uniform, biases 0.
-    Source: Grounding DINO, https://arxiv.org/abs/2303.05499, section 3.2; GLIP, https://arxiv.org/abs/2112.03857.
+    Source: Grounding DINO, https://arxiv.org/abs/2303.05499, its feature enhancer; GLIP, https://arxiv.org/abs/2112.03857.
     """
 
     def __init__(

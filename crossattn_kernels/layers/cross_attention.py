@@ -28,7 +28,7 @@ class CrossAttention(nn.Module):
     heads, kv_heads: query heads, and key heads, which divide them (kv_heads=None: as many).
     head_dim: channels of a head; None means dim // heads.
     bias: whether the four projections have one.
-    qk_norm: RMSNorm over the channels of each head of q and of k, after the projections (`q_norm`, `k_norm`).
+    qk_norm: RMSNorm over the channels of each head of q and of k, after the projections (`q_norm`, `k_norm`; eps 1e-6).
     gate: None, or a learnt factor tanh(gate) which starts at 0, so that a new layer adds nothing:
         "scalar", (1,): one for the layer, as in Flamingo and Mllama;
         "head", (heads,): one a head, before `o_proj`, so that the bias of `o_proj`, if any, is not gated;

@@ -35,6 +35,7 @@ class QFormerLayer(nn.Module):
     layer_idx, cross_attention_frequency: the layer has cross-attention if its index is a multiple of the frequency.
     text_feed_forward: whether there is a feed-forward for text, besides the one for queries.
     attention_dropout, dropout: shares dropped of the probabilities, and before each residual sum, in training.
+    eps: of the normalisations.
 
     Parameters have the names of transformers' `Blip2QFormerLayer`.  Initialisation: weights from N(0, 0.02²), biases 0.
     Source: BLIP-2, https://arxiv.org/abs/2301.12597, section 3.1.
