@@ -167,6 +167,13 @@ def test_a_query_of_batch_one_serves_all():
     assert_close(ours(query[:1], key, value, **masks), expected)
 
 
+def test_an_empty_batch_may_share_a_query():
+    ours = pair()[1]
+    query, key, value = draw(ours)
+    output, _ = ours(query[:, :1], key[:, :0], value[:, :0], key_padding_mask=bits(0, N))
+    assert output.shape == (M, 0, DIM)
+
+
 def test_dropout_in_training_only():
     theirs, ours = pair(dropout=0.5)
     inputs = draw(ours)

@@ -17,7 +17,7 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
 
     It adds no state, so a live module becomes one by `module.__class__ = MultiheadCrossAttention`, and back again.
     `out_proj` is called, so an adapter may replace it; the input projections are parameters of the module itself.
-    Nothing of size M x N is made unless weights are asked for, or two float masks must be added.
+    Nothing of size L x S is made but weights that are asked for, and copies of an attn_mask of that size.
 
     What differs:
         a query that sees no key takes 0 from attention, and its weights are 0; `nn.MultiheadAttention` gives NaN with
@@ -70,7 +70,7 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
             raise ValueError("is_causal=True is a hint about attn_mask, which is None")
         # torch relies on the hint only where it does not need attn_mask for something else
         hint = is_causal and key_padding_mask is None and not need_weights
-        sizes = max(q.shape[0], k.shape[0]), self.num_heads, q.shape[1], k.shape[1]
+        sizes = k.shape[0], self.num_heads, q.shape[1], k.shape[1]
         mask, bias = self._masks(key_padding_mask, attn_mask, hint, *sizes)
 
         if self.bias_k is not None and self.bias_v is not None:
