@@ -349,6 +349,13 @@ def test_kinds_by_name(path, own, parent, kind):
     assert kind_of(path, module, holder) == kind
 
 
+def test_self_attention_of_a_decoder_that_is_not_called_causal():
+    for path, kind in (("decoder.layers.0.self_attn", "self"), ("decoder.layers.0.cross_attention", "cross")):
+        assert kind_of(path, Module(is_decoder=True, is_causal=False), nn.Module()) == kind
+    latents = type("Idefics2PerceiverAttention", (nn.Module,), {})()
+    assert kind_of("perceiver_resampler.layers.0.self_attn", latents, nn.Module()) == "cross"
+
+
 def test_report_names_every_attention_module():
     model, _ = build("mllama")
     before = integration.report(model)

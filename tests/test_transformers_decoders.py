@@ -6,10 +6,12 @@ import transformers as tf
 
 from crossattn_kernels.integrations import transformers as integration
 from tests.transformers_models import (
+    TEXT,
     assert_same,
     build,
     case,
     counted,
+    padding,
     results,
     same_training,
     same_when_named,
@@ -34,6 +36,28 @@ def t5gemma(implementation):
     return model, dict(input_ids=tokens(2, 9), attention_mask=keep, labels=tokens(2, 7))
 
 
+@case("pegasus_x")
+def pegasus_x(implementation):
+    config = tf.PegasusXConfig(
+        d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        num_global_tokens=2, block_size=4, **{**TEXT, "decoder_start_token_id": 0},
+    )  # fmt: skip
+    model = tf.PegasusXForConditionalGeneration._from_config(config, attn_implementation=implementation)
+    return model, dict(input_ids=tokens(3, 9), labels=tokens(3, 7))
+
+
+@case("bigbird_pegasus")
+def bigbird_pegasus(implementation):
+    config = tf.BigBirdPegasusConfig(
+        d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        max_position_embeddings=20, attention_type="original_full", **TEXT,
+    )  # fmt: skip
+    model = tf.BigBirdPegasusForConditionalGeneration._from_config(config, attn_implementation=implementation)
+    return model, dict(input_ids=tokens(3, 9), attention_mask=padding(3, 9), labels=tokens(3, 7))
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", NAMES)
@@ -49,6 +73,19 @@ def test_named_in_the_configuration(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_fp32(name):
     same_with_package(name, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["pegasus_x", "bigbird_pegasus"])
+def test_models_that_are_not_for_sdpa(name):
+    """Their decoders do not say that they are causal, and BigBird's encoder adds its masks by itself."""
+    model, inputs = build(name, "eager")
+    expected = results(model, inputs)
+    integration.register()
+    assert_same(results(build(name, "crossattn")[0], inputs), expected)
+    assert [row.name for row in integration.apply(model).here] == [
+        f"model.decoder.layers.{i}.encoder_attn" for i in range(2)
+    ]
+    assert_same(results(model, inputs), expected)
 
 
 def test_capped_logits():

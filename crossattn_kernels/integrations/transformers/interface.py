@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.output_capturing import _active_collector
 
 from crossattn_kernels.functional import cross_attention
@@ -133,9 +134,17 @@ def _compact(attention_mask: Tensor | Mask | None) -> Tensor | Mask | None:
 
 
 def mask(
-    batch_size: int, q_length: int, kv_length: int, mask_function: Any = causal_mask_function, **rest: Any
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Any = causal_mask_function,
+    config: Any = None,
+    **rest: Any,
 ) -> Tensor | None:
     """`sdpa_mask`'s mask, bool (B, 1, M, N), True may attend; key padding is one row, expanded without memory."""
+    if not getattr(MODEL_MAPPING.get(type(config), None), "_supports_sdpa", True):
+        # these may not say which of their modules are causal, nor expect bool masks: they get eager's
+        return eager_mask(batch_size, q_length, kv_length, mask_function=mask_function, **rest)
     is_padding = mask_function is bidirectional_mask_function
     rows = 1 if is_padding else q_length
     seen = sdpa_mask(batch_size, rows, kv_length, mask_function=mask_function, **rest)

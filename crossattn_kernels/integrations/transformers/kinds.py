@@ -30,6 +30,9 @@ def kind_of_class(module: nn.Module) -> str | None:
 def kind_of(path: str, module: nn.Module, parent: nn.Module) -> str | None:
     """The same with the name under which a model holds the module, and with what holds it."""
     known = kind_of_class(module)
+    if known == "cross" and path.endswith("self_attn") and type(module).__name__ not in ALWAYS_CROSS:
+        # NLLB-MoE, Pegasus-X and BigBird-Pegasus mask what is causal and do not call it so
+        return "self"
     if known is not None:
         return known
     names = [type(module).__name__, *path.split(".")[-3:], type(parent).__name__]
