@@ -217,6 +217,18 @@ def test_a_model_on_eager_keeps_eager_self_attention(monkeypatch):
     assert not any(module is layer.encoder_attn for module in seen for layer in model.model.decoder.layers)
 
 
+def test_a_model_on_flex_attention_stays_there():
+    """Its `BlockMask`s could only be handed back to it, and the table would say otherwise."""
+    model, _ = build("bart")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="^nothing to replace in BartForConditionalGeneration"):
+        integration.apply(model)
+    assert {row.runs for row in integration.report(model).rows} == {"flex_attention"}
+    assert "set_attn_implementation('sdpa') first" in str(integration.report(model))
+    model.set_attn_implementation("sdpa")
+    assert len(integration.apply(model).here) == 2
+
+
 def test_what_cross_attention_cannot_do_goes_back_to_eager():
     model, _ = build("bart", "eager")
     integration.apply(model)

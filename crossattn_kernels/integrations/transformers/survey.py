@@ -17,6 +17,8 @@ from crossattn_kernels.integrations.transformers.kinds import kind_of
 
 OWN = "its own code"  # of a class that does not ask the attention interface
 STAYS = "self-attention stays"
+# implementations whose masks nobody else can read
+OWN_MASKS = {"flex_attention": "flex_attention's masks are its own: set_attn_implementation('sdpa') first"}
 
 
 class Attention(NamedTuple):
@@ -68,7 +70,7 @@ def _of_interface(path: str, module: nn.Module, kind: str | None) -> Attention:
     config: Any = module.config
     chosen = config._attn_implementation or "eager"
     if kind == "cross":
-        return Attention(path, module, kind, chosen)
+        return Attention(path, module, kind, chosen, reason=OWN_MASKS.get(chosen, ""))
     return Attention(path, module, "self", "sdpa" if chosen == NAME else chosen, reason=STAYS)
 
 
