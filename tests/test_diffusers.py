@@ -433,6 +433,49 @@ def test_changed_weights_are_noticed(assign):
         assert (second - first).abs().max() > 1e-4
 
 
+def test_a_step_that_pytorch_does_not_count_is_noticed():
+    """Fused optimisers write weights whose version stays what it was."""
+    model, text = unet(), draw(2, TEXT, 24)
+    integration.apply(model, cache_context=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    with torch.no_grad():
+        step(model, text)
+    step(model, text).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        found = step(model, text)
+        integration.restore(model)
+        torch.testing.assert_close(found, step(model, text))
+
+
+def test_caches_below_the_hooks_of_accelerate_are_dropped():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, text = unet(), draw(2, TEXT, 24)
+    integration.apply(model, cache_context=True)
+    for layer in (cross_modules(model)[0].to_k, cross_modules(model)[1].to_v):
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
+    integration.restore(model)
+    assert not any(isinstance(value, Memo) for m in model.modules() for value in vars(m).values())
+    with torch.no_grad():
+        torch.testing.assert_close(step(model, text), step(unet(), text))
+
+
+def test_a_model_that_fuses_what_it_does_not_use():
+    model = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, patch_size=1, patch_size_t=1, num_attention_heads=2, attention_head_dim=12,
+        cross_attention_dim=24, num_layers=1, caption_channels=16,
+    ).double().eval()  # fmt: skip
+    model.fuse_qkv_projections()
+    inputs = dict(
+        hidden_states=draw(2, 12, 4), encoder_hidden_states=draw(2, TEXT, 16), timestep=torch.tensor([3, 500]),
+        encoder_attention_mask=torch.ones(2, TEXT), num_frames=3, height=2, width=2,
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        integration.apply(model, cache_context=True)
+        torch.testing.assert_close(model(**inputs).sample, expected)
+
+
 def test_gradients_are_not_cached(projected):
     model, text = unet(), draw(2, TEXT, 24).requires_grad_()
     integration.apply(model, cache_context=True)

@@ -40,7 +40,7 @@ class Memo:
     view of it.  Results are kept for the last two tensors, under `torch.no_grad()` only, and not while compiling or
     capturing a CUDA graph, nor under `torch.inference_mode()`, where writes are not counted.  Weights count by the same
     rule; a LoRA layer computes anew, around a linear layer that is kept.  Writes through `.data`, which PyTorch does
-    not count (`fuse_lora` is one), need another call of `apply`.
+    not count (`fuse_lora` and `EMAModel.copy_to` are such), need another call of `apply`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -50,6 +50,9 @@ class Memo:
         self.entries: OrderedDict[Any, Entry] = OrderedDict()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # the step of an optimiser may follow, and those of fused ones are not counted
+            self.entries.clear()
         if torch.compiler.is_compiling() or args or kwargs or not self._may_keep(x):
             return self.compute(x, *args, **kwargs)
         kind = x.device.type
@@ -100,7 +103,9 @@ def text_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def projections(attention: nn.Module) -> Iterator[nn.Module]:
     """The linear layers that make keys and values, below any LoRA."""
-    for name in ("to_kv",) if getattr(attention, "fused_projections", False) else ("to_k", "to_v"):
+    # LTX fuses what its processor then does not use
+    fused = getattr(attention, "fused_projections", False) and hasattr(attention, "to_kv")
+    for name in ("to_kv",) if fused else ("to_k", "to_v"):
         layer = getattr(attention, name)
         while hasattr(layer, "base_layer"):
             layer = layer.base_layer

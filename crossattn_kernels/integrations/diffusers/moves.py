@@ -71,3 +71,6 @@ def _drop_caches(target: Any) -> Iterator[Change]:
             memo = vars(module).get("forward")
             if isinstance(memo, context_cache.Memo):
                 yield Change(module, "forward", ABSENT if memo.former is None else memo.former)
+            hooked = vars(module).get("_old_forward")  # what accelerate calls inside its own
+            if isinstance(hooked, context_cache.Memo):
+                yield Change(module, "_old_forward", hooked.compute)
