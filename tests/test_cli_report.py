@@ -3,6 +3,7 @@
 import json
 
 import diffusers
+import pytest
 
 from crossattn_kernels import cli
 
@@ -25,14 +26,26 @@ def test_the_command_reports_a_model_a_file_and_a_pipeline(tmp_path, capsys):
     )
     (tmp_path / "model").rename(tmp_path / "unet")
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert cli.main(["report", str(tmp_path)]) == 0
-    *rows, last = capsys.readouterr().out.splitlines()
-    assert last == line.replace("UNet2DConditionModel", "StableDiffusionPipeline")
-    assert sum(row.startswith("unet.") for row in rows) == 8
+    for where in (tmp_path, tmp_path / "model_index.json"):
+        assert cli.main(["report", str(where)]) == 0
+        *rows, last = capsys.readouterr().out.splitlines()
+        assert last == line.replace("UNet2DConditionModel", "StableDiffusionPipeline")
+        assert sum(row.startswith("unet.") for row in rows) == 8
 
 
-def test_the_command_refuses_in_one_sentence(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(dict(_class_name="NoSuchModel")))
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(_class_name="NoSuchModel"),
+        dict(_class_name="DDIMScheduler"),
+        dict(_class_name="UNet2DConditionModel", block_out_channels=3),
+        ["_class_name"],
+        dict(model_type="bart", d_model="wide"),
+        dict(model_type="bart", architectures=[3]),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(config, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config))
     for where in (tmp_path, tmp_path / "absent"):
         assert cli.main(["report", str(where)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

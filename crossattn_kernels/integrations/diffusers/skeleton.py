@@ -21,7 +21,7 @@ def report(name: str) -> Report:
     try:
         config, parts = _read(name)
         model = nn.ModuleDict({part: _build(each) for part, each in parts.items()}) if parts else _build(config)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a wrong configuration fails wherever it is read first
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"no model can be built from {name}: {first}") from error
     try:
@@ -33,6 +33,8 @@ def report(name: str) -> Report:
 
 def _read(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The configuration of a model, or that of a pipeline and those of its models."""
+    if Path(name).name == "model_index.json":
+        name = str(Path(name).parent)
     if Path(name).is_file():
         return json.loads(Path(name).read_text()), {}
     try:
@@ -49,5 +51,8 @@ def _read(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 def _build(config: dict[str, Any]) -> nn.Module:
     """A model of the class that the configuration names, without memory for its weights."""
+    kind = getattr(diffusers, config["_class_name"])
+    if not issubclass(kind, nn.Module):
+        raise ValueError(f"{kind.__name__} is not a model")
     with torch.device("meta"):
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        return kind.from_config(config)
