@@ -237,6 +237,18 @@ def test_a_wrong_call_raises_what_torch_raises():
             assert str(ours.value) == str(theirs.value)
 
 
+def test_forward_mode_stays_with_torch():
+    # v is narrower than k, because torch's flash kernel for the CPU has no forward mode either
+    q, k, v = (torch.randn(2, 3, *size, dtype=torch.float64) for size in ((5, 8), (7, 8), (7, 6)))
+
+    def derivative():
+        return torch.func.jvp(lambda q: F.scaled_dot_product_attention(q, k, v), (q,), (q,))[1]
+
+    with sdpa_override():
+        found = derivative()
+    torch.testing.assert_close(found, derivative())
+
+
 def test_nested_tensors_stay_with_torch(taken):
     q = torch.nested.nested_tensor([torch.randn(3, 4, 8), torch.randn(5, 4, 8)], layout=torch.jagged).transpose(1, 2)
     with sdpa_override("all"):

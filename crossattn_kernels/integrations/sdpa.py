@@ -96,8 +96,9 @@ class sdpa_override(TorchFunctionMode):
     `nn.TransformerDecoderLayer`) with need_weights=False.  Not reached: code that writes attention out (as
     `nn.MultiheadAttention` with need_weights=True does), fused kernels of other packages, other threads (a mode belongs
     to the thread that entered it), and what runs after the block: with gradient checkpointing call `backward` in it.
-    What `cross_attention` cannot serve goes to PyTorch's own: wrong calls, for its error, and tensor subclasses such as
-    DTensor and nested tensors.  An error in the block passes through, and the mode is left.
+    What `cross_attention` cannot serve goes to PyTorch's own: wrong calls, for its error, forward-mode derivatives, and
+    tensor subclasses such as DTensor and nested tensors.  A gradient of a gradient raises NotImplementedError: leave
+    its calls out with `calls`.  An error in the block passes through, and the mode is left.
     """
 
     def __init__(self, calls: str | Callable[..., bool] = "cross") -> None:
@@ -131,7 +132,7 @@ class Route:
         if self.takes(*args, **kwargs) and not any(map(_is_special, (*args, *kwargs.values()))):
             try:
                 return scaled_dot_product_attention(*args, **kwargs)
-            except (TypeError, ValueError):  # found wrong before anything was computed
+            except (NotImplementedError, TypeError, ValueError):  # before anything was computed
                 pass
         return TORCHS_OWN(*args, **kwargs)
 
