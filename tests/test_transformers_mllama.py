@@ -61,6 +61,20 @@ def test_the_call_gets_one_bit_per_tile(monkeypatch):
     assert [(mask.visible.shape, mask.key_group) for mask in given] == [((2, 1, 9, 4), 5)]
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_another_implementation_may_be_set_after_apply(implementation):
+    model, inputs = build("mllama")
+    expected = results(model, inputs, grad=False)
+    integration.apply(model)
+    model.set_attn_implementation(implementation)
+    assert not integration.report(model).here
+    assert_same(results(model, inputs, grad=False), expected)
+    integration.apply(model)
+    with counted() as calls:
+        assert_same(results(model, inputs, grad=False), expected)
+    assert calls == [1]
+
+
 def test_a_text_without_images_between_texts_with_them():
     model, inputs = build("mllama")
     inputs["cross_attention_mask"][0] = 0

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.mllama import modeling_mllama as upstream
 
+from crossattn_kernels.integrations.transformers.interface import NAME
 from crossattn_kernels.masks import Mask
 
 
@@ -32,11 +33,14 @@ class MllamaModel(upstream.MllamaModel):
         cross_attention_mask: Tensor | None = None,
         **rest: Any,
     ) -> Any:
-        if cross_attention_mask is not None:
+        if cross_attention_mask is not None and _all_run_here(self.language_model):
             text = input_ids if input_ids is not None else rest["inputs_embeds"]
             visible = _of_these_tokens(cross_attention_mask, text.shape[1], rest.get("past_key_values"))
             rest["crossattn_tiles"] = tile_mask(visible, self.vision_model.num_patches, self.dtype)
-        return super().forward(input_ids, pixel_values, aspect_ratio_mask, aspect_ratio_ids, attention_mask, **rest)
+            cross_attention_mask = None
+        return super().forward(
+            input_ids, pixel_values, aspect_ratio_mask, aspect_ratio_ids, attention_mask, cross_attention_mask, **rest
+        )
 
 
 class MllamaTextModel(upstream.MllamaTextModel):
@@ -46,6 +50,12 @@ class MllamaTextModel(upstream.MllamaTextModel):
         if crossattn_tiles is not None:
             rest["cross_attention_mask"], rest["full_text_row_masked_out_mask"] = crossattn_tiles
         return super().forward(*args, **rest)
+
+
+def _all_run_here(text: upstream.MllamaTextModel) -> bool:
+    """False once `set_attn_implementation` has named something else, which reads no `Mask`."""
+    layers = (text.layers[i] for i in text.cross_attention_layers)
+    return all(layer.cross_attn.config._attn_implementation == NAME for layer in layers)
 
 
 def tile_mask(visible: Tensor, tokens: int, dtype: Any) -> tuple[Mask, Tensor]:
