@@ -335,6 +335,12 @@ def test_a_model_that_accelerate_has_hooked(name, implementation):
 # ---- what is said ----
 
 
+@pytest.mark.parametrize("call", [integration.apply, integration.restore, integration.report])
+def test_what_is_no_module_is_refused(call):
+    with pytest.raises(TypeError, match="^expected a torch module, got str; a pipeline of transformers has a .model$"):
+        call("bart")
+
+
 @pytest.mark.parametrize(
     "path, own, parent, kind",
     [

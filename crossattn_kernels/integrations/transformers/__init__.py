@@ -6,14 +6,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from torch import nn
 
 from crossattn_kernels.integrations import versions
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from crossattn_kernels.integrations.reports import Report
+from crossattn_kernels.integrations.reports import Report
 
 # at least the first, less than the second; as the extra in pyproject.toml says
 SUPPORTED = ("5.20", "6")
@@ -38,9 +34,9 @@ def apply(model: nn.Module) -> Report:
     Parameters, state dict and hooks stay as they are.  To call it again changes nothing.  Either everything that can
     be moved is moved, or an error is raised and nothing is.
     Returns what `report(model)` returns.
-    Raises ValueError if the model has no cross-attention that can be moved.
+    Raises ValueError if the model has no cross-attention that can be moved, TypeError if it is no module.
     """
-    versions.check("transformers", *SUPPORTED)
+    _check(model)
     from crossattn_kernels.integrations.transformers import changes
 
     return changes.apply(model)
@@ -48,7 +44,7 @@ def apply(model: nn.Module) -> Report:
 
 def restore(model: nn.Module) -> None:
     """Undo `apply`, and `attn_implementation="crossattn"`, which becomes "sdpa"; nothing to undo is no error."""
-    versions.check("transformers", *SUPPORTED)
+    _check(model)
     from crossattn_kernels.integrations.transformers import changes
 
     changes.restore(model)
@@ -56,7 +52,7 @@ def restore(model: nn.Module) -> None:
 
 def report(model: nn.Module) -> Report:
     """Every attention module of a model: its kind, what it runs on, and why not here.  Print it, or read `.rows`."""
-    versions.check("transformers", *SUPPORTED)
+    _check(model)
     from crossattn_kernels.integrations.transformers import survey
 
     return survey.report(model)
@@ -72,3 +68,9 @@ def report_of_config(model: str) -> Report:
     from crossattn_kernels.integrations.transformers import skeleton
 
     return skeleton.report(model)
+
+
+def _check(model: object) -> None:
+    versions.check("transformers", *SUPPORTED)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch module, got {type(model).__name__}; a pipeline of transformers has a .model")
