@@ -156,7 +156,6 @@ def test_the_report_has_no_spills_where_common_calls_run(arch):
 # no configuration that is worth running keeps these in registers; bytes are in the report
 KNOWN = {
     "sm_80": {
-        ("dkv_kernel", "short keys", 128, "row gate"),
         ("dkv_kernel", "short queries", 64, "keys"),
         ("dkv_kernel", "two-pass", 40, "plain"),
         ("dkv_kernel", "two-pass", 64, "keys"),
@@ -170,11 +169,6 @@ KNOWN = {
         ("dq_kernel", "short keys", 128, "bias"),
         ("dq_kernel", "short keys", 256, "bias"),
         ("dq_kernel", "two-pass", 64, "blocks"),
-        ("dq_kernel", "two-pass", 72, "plain"),
-        ("dq_kernel", "two-pass", 80, "plain"),
-        ("dq_kernel", "two-pass", 88, "plain"),
-        ("dq_kernel", "two-pass", 96, "plain"),
-        ("dq_kernel", "two-pass", 112, "plain"),
         ("dq_kernel", "two-pass", 128, "blocks"),
         ("forward_kernel", "short keys", 128, "bias"),
         ("forward_kernel", "short keys", 256, "bias"),

@@ -77,6 +77,38 @@ def test_a_hidden_key_does_not_leak(backend, name, bad):
     assert all(dirty[n][:, 0][apart].isfinite().all() for n in ("dk", "dv"))
 
 
+CROSSED = {
+    "nothing": Mask(),
+    "causal": Mask.causal(70, 90, "bottom-right"),
+    "window": Mask.window(70, 90, 30, 25),
+    "packed": Mask.packed(torch.tensor([0, 20, 70]), torch.tensor([0, 50, 90])),
+    # tiles that are seen whole do not lie together, and the last ends with the keys
+    "here and there": Mask(end=torch.tensor([90, 20, 90, 33, 90]).repeat_interleave(14)[None, None]),
+    "some see all after all": Mask(torch.tensor([0, 80]).repeat_interleave(35)[None, None], torch.full((1, 1, 70), 64)),
+}
+
+
+@pytest.mark.parametrize("name", CROSSED)
+def test_tiles_that_are_seen_whole_between_others(name):
+    """Both in one loop's range; a key that is NaN changes nothing for queries that do not see it."""
+    mask, key, tile = CROSSED[name], 60, Config(16, 16, 4, 1)
+    call = draw(replace(SMALL, B=1, M=70, N=90, empty_rows="attend_all"))._replace(mask=mask)
+
+    def ours(call):
+        forced = dict(forward=tile, dq=tile, dkv=tile._replace(splits=2), backward_schedule="two-pass")
+        with tuning.force(**forced):
+            return run(call, "triton")
+
+    assert_within_budget(compare(ours(call), run(call, "reference", torch.float64), run(call, "reference")), name)
+    dense = mask.as_dense(1, 2, 70, 90)
+    sees = dense[..., key] | ~dense.any(-1)
+    call = call._replace(dy=call.dy.masked_fill(sees[..., None], 0), dlse=call.dlse.masked_fill(sees, 0))
+    clean, k = ours(call), call.tensors["k"].clone()
+    k[:, :, key] = math.nan
+    dirty = ours(call._replace(tensors=call.tensors | {"k": k}))
+    assert torch.equal(dirty["dq"][~sees], clean["dq"][~sees]) and dirty["y"][sees].isnan().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bias_of_minus_infinity_hides_too(backend):
     call = draw(SMALL)

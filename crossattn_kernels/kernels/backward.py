@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossattn_kernels.kernels.bounds import query_range, ranges_view, tile_ranges
+from crossattn_kernels.kernels.bounds import query_range, tile_ranges, whole_queries
 from crossattn_kernels.kernels.launch import Launcher
 from crossattn_kernels.kernels.scores import (
     head_scale,
@@ -22,9 +22,11 @@ from crossattn_kernels.kernels.scores import (
     logit_grad,
     scale_sums,
     scores,
+    sifts,
     store_scale_sums,
     through_softcap,
     touches,
+    whole_range,
 )
 from crossattn_kernels.kernels.softmax import across, down, load_row, softmax_grad, weighed
 from crossattn_kernels.kernels.tiles import (
@@ -81,31 +83,49 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, Hq, M, N, C: tl.c
     for entry in tl.range(0, batches):
         b = shared + entry
         do_tile = load_rows(do, b, h, rows, dv, M, C.DV)  # (BLOCK_M, BLOCK_DV)
-        row = down(load_row(known, b, h, rows, M))
-        gated = tl.zeros([C.BLOCK_M], tl.float32)
-        scaled = gated, gated, gated
+        tiles = q_tile, do_tile, down(load_row(known, b, h, rows, M))
+        none = tl.zeros([C.BLOCK_M], tl.float32)
+        found = acc, none, (none, none, none)
         lo, hi = key_range(logits.mask, b, h, rows, M, N)
-        for first in tl.range(lo // C.BLOCK_N * C.BLOCK_N, hi, C.BLOCK_N):
-            keys = first + tl.arange(0, C.BLOCK_N)
-            if touches(logits.mask, b, h, rows[:, None], keys[None, :], M, N):
-                k_tile = load_rows(k, b, h // C.GROUP, keys, d, N, C.D)  # (BLOCK_N, BLOCK_D)
-                v_tile = load_rows(v, b, h // C.GROUP, keys, dv, N, C.DV)  # (BLOCK_N, BLOCK_DV)
-                qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
-                dyv = dot(do_tile, v_tile.T, None, C.TF32)
-                s = scores(qk, logits, scale, b, h, rows[:, None], keys[None, :], M, N)
-                p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows[:, None], keys[None, :], 1, C.ALONE)
-                if sums.gate is not None:
-                    gated += weighed(pv, dyv, 1)
-                if sums.scale is not None:
-                    scaled = scale_sums(scaled, p, ds, qk, logits, scale, b, h, rows[:, None], M, 1)
-                ds = through_softcap(logit_grad(ds, logits, b, h, rows[:, None], M), qk, logits, scale)
-                k_tile = finite(k_tile) if C.HIDES else k_tile
-                acc = dot(ds.to(k_tile.dtype), k_tile, acc, C.TF32)
+        lo = lo // C.BLOCK_N * C.BLOCK_N
+        first, last = whole_range(logits, b, h, rows, lo, hi, M, N, C.BLOCK_N)
+        if not sifts(logits):
+            for key in tl.range(first, last, C.BLOCK_N):
+                found = dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N, True, C)
+        if C.EDGE_STAGES > 0:
+            # the others, on both sides; a pipeline for the last one alone would make ptxas serialise all products
+            for i in tl.range(lo, hi - (last - first), C.BLOCK_N, num_stages=None if C.HIDES else 1):
+                key = i + tl.where(i < first, 0, last - first)
+                if touches(logits.mask, b, h, rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :], M, N):
+                    found = dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N, False, C)
+        acc = found[0]
         if sums.gate is not None:
-            store_vec(sums.gate, b, h, rows, M, gated)
+            store_vec(sums.gate, b, h, rows, M, found[1])
         if sums.scale is not None:
-            store_scale_sums(sums.scale, b, h, rows, M, scaled)
+            store_scale_sums(sums.scale, b, h, rows, M, found[2])
     store_rows(sums.dq, shared, h, rows, d, M, C.D, acc * scale)
+
+
+@triton.jit
+def dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N, WHOLE: tl.constexpr, C: tl.constexpr):
+    """(dq without its scale, sum for the gate, sums for the scale) with one tile of keys folded in."""
+    acc, gated, scaled = found
+    q_tile, do_tile, row = tiles
+    HIDES: tl.constexpr = C.HIDES and not WHOLE
+    hk, rows, keys = h // C.GROUP, rows[:, None], key + tl.arange(0, C.BLOCK_N)
+    k_tile = load_rows(k, b, hk, keys, tl.arange(0, C.BLOCK_D), N, C.D, WHOLE)  # (BLOCK_N, BLOCK_D)
+    v_tile = load_rows(v, b, hk, keys, tl.arange(0, C.BLOCK_DV), N, C.DV, WHOLE)  # (BLOCK_N, BLOCK_DV)
+    qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
+    dyv = dot(do_tile, v_tile.T, None, C.TF32)
+    s = scores(qk, logits, scale, b, h, rows, keys[None, :], M, N, WHOLE)
+    p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows, keys[None, :], 1, C.ALONE, HIDES)
+    if sums.gate is not None:
+        gated += weighed(pv, dyv, 1)
+    if sums.scale is not None:
+        scaled = scale_sums(scaled, p, ds, qk, logits, scale, b, h, rows, M, 1)
+    ds = through_softcap(logit_grad(ds, logits, b, h, rows, M), qk, logits, scale)
+    k_tile = finite(k_tile) if HIDES else k_tile
+    return dot(ds.to(k_tile.dtype), k_tile, acc, C.TF32), gated, scaled
 
 
 @triton.jit
@@ -120,41 +140,67 @@ def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, 
     split, shared = rest % splits, rest // splits
     keys = tile * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
     d, e = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
-    k_tile = load_rows(k, shared, hk, keys, d, N, C.D)  # (BLOCK_N, BLOCK_D)
-    v_tile = load_rows(v, shared, hk, keys, e, N, C.DV)  # (BLOCK_N, BLOCK_DV)
-    dk_acc = tl.zeros([C.BLOCK_N, C.BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([C.BLOCK_N, C.BLOCK_DV], tl.float32)
+    tiles = load_rows(k, shared, hk, keys, d, N, C.D), load_rows(v, shared, hk, keys, e, N, C.DV)
+    found = tl.zeros([C.BLOCK_N, C.BLOCK_D], tl.float32), tl.zeros([C.BLOCK_N, C.BLOCK_DV], tl.float32)
+    # a key past the end has rows of its own, which are not stored: it is hidden from sums over the keys only
+    SUMS: tl.constexpr = C.ALONE | (sums.dq is not None)
+    EDGES: tl.constexpr = (C.EDGE_STAGES > 0) & (C.HIDES | SUMS)
     for i in tl.range(0, batches * C.GROUP):
         b, h = shared + i // C.GROUP, hk * C.GROUP + i % C.GROUP
         scale = head_scale(logits, b, h)
         lo, hi = query_range(ranges, b, h, keys, M, C.BLOCK_M)
         lo, hi = share(lo, hi, split, splits, C.BLOCK_M)
-        for first in tl.range(lo, hi, C.BLOCK_M):
-            rows = first + tl.arange(0, C.BLOCK_M)
-            if touches(logits.mask, b, h, rows[None, :], keys[:, None], M, N, sums.dq is None):
-                q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
-                do_tile = load_rows(do, b, h, rows, e, M, C.DV)  # (BLOCK_M, BLOCK_DV)
-                row = across(load_row(known, b, h, rows, M))
-                kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
-                vdy = dot(v_tile, do_tile.T, None, C.TF32)
-                s = scores(kq, logits, scale, b, h, rows[None, :], keys[:, None], M, N)
-                p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, rows[None, :], keys[:, None], 0, C.ALONE)
-                if sums.scale is not None:
-                    no = tl.zeros([C.BLOCK_M], tl.float32)
-                    scaled = scale_sums((no, no, no), p, ds, kq, logits, scale, b, h, rows[None, :], M, 0)
-                    store_scale_sums(sums.scale, b, h, rows, M, scaled)
-                ds = through_softcap(logit_grad(ds, logits, b, h, rows[None, :], M), kq, logits, scale)
-                if sums.dq is not None:
-                    if sums.gate is not None:
-                        store_vec(sums.gate, b, h, rows, M, weighed(pv, vdy, 0))
-                    finite_k = finite(k_tile) if C.HIDES else k_tile
-                    dq = dot(finite_k.T, (ds * scale).to(k_tile.dtype), None, C.TF32)  # (BLOCK_D, BLOCK_M)
-                    store_rows(sums.dq, b, h, rows, d, M, C.D, dq.T)
-                dv_acc = dot((pv * row.gate).to(do_tile.dtype), do_tile, dv_acc, C.TF32)
-                dk_acc = dot((ds * scale).to(q_tile.dtype), q_tile, dk_acc, C.TF32)
+        first, last = lo, lo
+        if not (EDGES & SUMS):
+            if not sifts(logits):
+                first, last = whole_queries(ranges, b, h, tl.minimum(keys, N - 1), lo, hi, C.BLOCK_M)
+                for query in tl.range(first, last, C.BLOCK_M):
+                    found = dkv_tile(
+                        found, tiles, q, do, sums, known, logits, drop, scale, b, h, query, keys, M, N, True, C
+                    )
+        if EDGES:
+            for j in tl.range(lo, hi - (last - first), C.BLOCK_M):
+                query = j + tl.where(j < first, 0, last - first)
+                rows = (query + tl.arange(0, C.BLOCK_M))[None, :]
+                if touches(logits.mask, b, h, rows, keys[:, None], M, N, sums.dq is None):
+                    found = dkv_tile(
+                        found, tiles, q, do, sums, known, logits, drop, scale, b, h, query, keys, M, N, False, C
+                    )
     entries = tl.num_programs(0) // (tl.cdiv(N, C.BLOCK_N) * (Hq // C.GROUP) * splits)
-    store_rows(dk, split * entries + shared, hk, keys, d, N, C.D, dk_acc)
-    store_rows(dv, split * entries + shared, hk, keys, e, N, C.DV, dv_acc)
+    store_rows(dk, split * entries + shared, hk, keys, d, N, C.D, found[0])
+    store_rows(dv, split * entries + shared, hk, keys, e, N, C.DV, found[1])
+
+
+@triton.jit
+def dkv_tile(
+    found, tiles, q, do, sums, known, logits, drop, scale, b, h, query, keys, M, N, WHOLE: tl.constexpr, C: tl.constexpr
+):
+    """(dk, dv) with one tile of queries folded in, whose sums over the keys are stored."""
+    dk_acc, dv_acc = found
+    k_tile, v_tile = tiles
+    HIDES: tl.constexpr = C.HIDES and not WHOLE
+    rows, keys = query + tl.arange(0, C.BLOCK_M), keys[:, None]
+    d = tl.arange(0, C.BLOCK_D)
+    q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
+    do_tile = load_rows(do, b, h, rows, tl.arange(0, C.BLOCK_DV), M, C.DV)  # (BLOCK_M, BLOCK_DV)
+    row = across(load_row(known, b, h, rows, M))
+    kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
+    vdy = dot(v_tile, do_tile.T, None, C.TF32)
+    s = scores(kq, logits, scale, b, h, rows[None, :], keys, M, N, WHOLE)
+    p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, rows[None, :], keys, 0, C.ALONE, HIDES)
+    if sums.scale is not None:
+        no = tl.zeros([C.BLOCK_M], tl.float32)
+        scaled = scale_sums((no, no, no), p, ds, kq, logits, scale, b, h, rows[None, :], M, 0)
+        store_scale_sums(sums.scale, b, h, rows, M, scaled)
+    ds = through_softcap(logit_grad(ds, logits, b, h, rows[None, :], M), kq, logits, scale)
+    if sums.dq is not None:
+        if sums.gate is not None:
+            store_vec(sums.gate, b, h, rows, M, weighed(pv, vdy, 0))
+        finite_k = finite(k_tile) if HIDES else k_tile
+        dq = dot(finite_k.T, (ds * scale).to(k_tile.dtype), None, C.TF32)  # (BLOCK_D, BLOCK_M)
+        store_rows(sums.dq, b, h, rows, d, M, C.D, dq.T)
+    dv_acc = dot((pv * row.gate).to(do_tile.dtype), do_tile, dv_acc, C.TF32)
+    return dot((ds * scale).to(q_tile.dtype), q_tile, dk_acc, C.TF32), dv_acc
 
 
 @triton.jit
@@ -257,18 +303,17 @@ class Backward:
         x, (B, Hq, M, N), config = self.x, self.x.sizes, self.launch.plan.dkv
         entries, Hk = x.k.shape[:2]
 
-        def arguments(
-            common: tuple, known: Rows, logits: tuple, dk: Any, dv: Any, lo: Any, hi: Any, *sums: Any
-        ) -> tuple:
+        def arguments(common: tuple, known: Rows, logits: tuple, dk: Any, dv: Any, ranges: Any, *sums: Any) -> tuple:
+            spread = None if ranges is None else view(ranges, 4, B, Hq, ranges.shape[3])
             return (
                 triton.cdiv(N, config.BLOCK_N) * config.splits * entries * Hk,
-                *common, rows_view(dk), rows_view(dv), sums_view(*sums), known, ranges_view(lo, hi, B, Hq), *logits,
+                *common, rows_view(dk), rows_view(dv), sums_view(*sums), known, spread, *logits,
                 B // entries, config.splits, Hq, M, N,
             )  # fmt: skip
 
-        lo, hi = (None, None) if sums else tile_ranges(self.launch, x, self.options, self.free)
+        ranges = None if sums else tile_ranges(self.launch, x, self.options, self.free)
         dk, dv = (by_sequence(t, config.splits) for t in (x.k, x.v))
-        self.run(dkv_kernel, config, arguments, dk, dv, lo, hi, *(sums or QuerySums())[:3])
+        self.run(dkv_kernel, config, arguments, dk, dv, ranges, *(sums or QuerySums())[:3])
         return Gradients(k=self.folded(dk, x.k, "k"), v=self.folded(dv, x.v, "v"))
 
     def query_sums(self, entries: int, splits: int = 1) -> QuerySums:

@@ -42,7 +42,7 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, Hb
                     qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
                     dyv = dot(do_tile, v_tile.T, None, C.TF32)
                     s = scores(qk, logits, scale, b, h, rows[:, None], keys[None, :], M, N)
-                    _, _, ds = softmax_grad(s, dyv, row, drop, b, h, rows[:, None], keys[None, :], 1, C.ALONE)
+                    _, _, ds = softmax_grad(s, dyv, row, drop, b, h, rows[:, None], keys[None, :], 1, C.ALONE, C.HIDES)
                     acc += logit_grad(ds, logits, b, h, rows[:, None], M)
     rows, keys = m_first + tl.arange(0, C.BLOCK_M)[:, None], n_first + tl.arange(0, C.BLOCK_N)[None, :]
     # a dimension that is summed has one entry: every row (column) of acc becomes the sum, the first is stored

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from crossattn_kernels.kernels.launch import Launcher
-from crossattn_kernels.kernels.scores import key_range, visible
+from crossattn_kernels.kernels.scores import common_range, key_range, visible
 from crossattn_kernels.kernels.tiles import at, program, store_vec
-from crossattn_kernels.kernels.views import View, logits_view, view
+from crossattn_kernels.kernels.views import logits_view, view
 from crossattn_kernels.problem import Inputs, Options
 
 
@@ -30,20 +28,17 @@ def free_kernel(free, mask, H, M, N, C: tl.constexpr):
     store_vec(free, b, h, rows, M, (1 - seen).to(tl.uint8))
 
 
-class Ranges(NamedTuple):
-    """Keys [lo, hi) that each tile of queries may see."""
-
-    lo: View  # (B, Hq, tiles)
-    hi: View  # (B, Hq, tiles)
-
-
 @triton.jit
 def tile_ranges_kernel(ranges, mask, H, M, N, C: tl.constexpr):
-    """The range of one tile of queries."""
+    """For one tile of queries: the keys [lo, hi) that some may see by their range, and [first, last) that all do."""
     tile, b, h = program(tl.cdiv(M, C.BLOCK_M), H)
-    lo, hi = key_range(mask, b, h, tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M), M, N)
-    tl.store(at(ranges.lo, (b, h, tile)), lo)
-    tl.store(at(ranges.hi, (b, h, tile)), hi)
+    rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
+    lo, hi = key_range(mask, b, h, rows, M, N)
+    first, last = common_range(mask, b, h, rows, M, N)
+    tl.store(at(ranges, (0, b, h, tile)), lo)
+    tl.store(at(ranges, (1, b, h, tile)), hi)
+    tl.store(at(ranges, (2, b, h, tile)), first)
+    tl.store(at(ranges, (3, b, h, tile)), last)
 
 
 @triton.jit
@@ -63,14 +58,39 @@ def query_range(ranges, b, h, keys, M, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def whole_queries(ranges, b, h, keys, lo, hi, BLOCK_M: tl.constexpr):
+    """Part of [lo, hi), whole tiles of queries each of which sees all of these keys: the first such run.
+
+    lo is a multiple of BLOCK_M.  What is hidden by more than a range is not asked for.
+    """
+    if ranges is None:
+        return lo, hi
+    else:
+        end = tl.cdiv(hi, BLOCK_M)
+        first, last = end, end
+        for start in tl.range(lo // BLOCK_M, end, 128):
+            tile = start + tl.arange(0, 128)
+            whole = contains(ranges, b, h, tile, keys, tile < end)
+            first = tl.minimum(first, tl.min(tl.where(whole, tile, end)))
+            last = tl.minimum(last, tl.min(tl.where((tile > first) & ~whole, tile, end)))
+        some = first < end
+        return tl.where(some, first * BLOCK_M, lo), tl.where(some, tl.minimum(last * BLOCK_M, hi), lo)
+
+
+@triton.jit
 def overlaps(ranges, b, h, tile, keys, exists):
     """Whether a tile of queries may see one of these keys, by its range."""
-    if ranges is None:
-        return True
-    else:
-        lo = tl.load(at(ranges.lo, (b, h, tile)), mask=exists, other=0)
-        hi = tl.load(at(ranges.hi, (b, h, tile)), mask=exists, other=0)
-        return (lo <= tl.max(keys)) & (hi > tl.min(keys))
+    lo = tl.load(at(ranges, (0, b, h, tile)), mask=exists, other=0)
+    hi = tl.load(at(ranges, (1, b, h, tile)), mask=exists, other=0)
+    return (lo <= tl.max(keys)) & (hi > tl.min(keys))
+
+
+@triton.jit
+def contains(ranges, b, h, tile, keys, exists):
+    """Whether all queries of a tile see all of these keys, by their ranges."""
+    first = tl.load(at(ranges, (2, b, h, tile)), mask=exists, other=0)
+    last = tl.load(at(ranges, (3, b, h, tile)), mask=exists, other=0)
+    return (first <= tl.min(keys)) & (last > tl.max(keys))
 
 
 def free_rows(launch: Launcher, x: Inputs, options: Options) -> Tensor | None:
@@ -90,23 +110,17 @@ def free_rows(launch: Launcher, x: Inputs, options: Options) -> Tensor | None:
     return free
 
 
-def tile_ranges(
-    launch: Launcher, x: Inputs, options: Options, free: Tensor | None
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """First and one past the last key of every tile of queries of dkv_kernel, if a field of the mask is a range."""
+def tile_ranges(launch: Launcher, x: Inputs, options: Options, free: Tensor | None) -> Tensor | None:
+    """What tile_ranges_kernel finds for the tiles of queries of dkv_kernel, if a field of the mask is a range."""
     if x.start is None and x.end is None:
-        return None, None
+        return None
     B, Hq, M, N = x.sizes
     b, h = options.mask(x).lead()
     tiles = triton.cdiv(M, launch.plan.dkv.BLOCK_M)
-    lo, hi = torch.empty(2, b, h, tiles, dtype=torch.int32, device=x.q.device)
+    ranges = torch.empty(4, b, h, tiles, dtype=torch.int32, device=x.q.device)
 
-    def arguments(lo: Tensor, hi: Tensor, free: Tensor | None, *inputs: Tensor) -> tuple:
-        return tiles * b * h, Ranges(view(lo), view(hi)), logits_view(Inputs(*inputs), options, free).mask, h, M, N
+    def arguments(ranges: Tensor, free: Tensor | None, *inputs: Tensor) -> tuple:
+        return tiles * b * h, view(ranges), logits_view(Inputs(*inputs), options, free).mask, h, M, N
 
-    launch(tile_ranges_kernel, arguments, lo, hi, free, *x)
-    return lo, hi
-
-
-def ranges_view(lo: Tensor | None, hi: Tensor | None, B: int, Hq: int) -> Ranges | None:
-    return None if lo is None or hi is None else Ranges(view(lo, B, Hq, lo.shape[2]), view(hi, B, Hq, hi.shape[2]))
+    launch(tile_ranges_kernel, arguments, ranges, free, *x)
+    return ranges

@@ -128,6 +128,13 @@ def key_range(mask, b, h, rows, M, N):
 
 
 @triton.jit
+def common_range(mask, b, h, rows, M, N):
+    """First and one past the last key that each of these queries sees by its range: scalars (first, last)."""
+    start, end = row_range(mask, b, h, rows, M, N)
+    return tl.max(tl.where(rows < M, start, 0)), tl.min(tl.where(rows < M, end, N))
+
+
+@triton.jit
 def whole_range(logits, b, h, rows, lo, hi, M, N, BLOCK_N: tl.constexpr):
     """Part of [lo, hi), a multiple of BLOCK_N long, all of whose keys each of these queries sees; maybe empty, at hi.
 
@@ -137,9 +144,8 @@ def whole_range(logits, b, h, rows, lo, hi, M, N, BLOCK_N: tl.constexpr):
     if sifts(logits):
         last = lo
     elif (logits.mask.start is not None) | (logits.mask.end is not None):
-        start, end = row_range(logits.mask, b, h, rows, M, N)
-        first = tl.maximum(lo, tl.cdiv(tl.max(tl.where(rows < M, start, 0)), BLOCK_N) * BLOCK_N)
-        last = tl.minimum(hi, tl.min(tl.where(rows < M, end, N)))
+        first, last = common_range(logits.mask, b, h, rows, M, N)
+        first, last = tl.maximum(lo, tl.cdiv(first, BLOCK_N) * BLOCK_N), tl.minimum(hi, last)
     last = last // BLOCK_N * BLOCK_N
     some = first < last
     return tl.where(some, first, lo), tl.where(some, last, lo)

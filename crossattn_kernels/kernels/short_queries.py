@@ -44,7 +44,7 @@ def short_queries_kernel(q, k, v, do, dk, dv, sums, known, logits, drop, splits,
         kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
         vdy = dot(v_tile, do_tile.T, None, C.TF32)
         s = scores(kq, logits, scale, b, heads, rows[None, :], keys[:, None], M, N)
-        p, pv, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], keys[:, None], 0, C.ALONE)
+        p, pv, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], keys[:, None], 0, C.ALONE, C.HIDES)
         if sums.gate is not None:
             gate_sum += weighed(pv, vdy, 0)
         if sums.scale is not None:

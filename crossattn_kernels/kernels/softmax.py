@@ -106,23 +106,29 @@ def across(row):
 
 
 @triton.jit
-def softmax_grad(s, dyv, row, drop, b, h, rows, keys, KEYS: tl.constexpr, ALONE: tl.constexpr):
-    """(p, pv, ds) of a tile from its logits and dy vᵀ; pv is p as it multiplied v, after dropout.  Hidden entries are
-    0, whatever dy vᵀ is.
+def softmax_grad(s, dyv, row, drop, b, h, rows, keys, KEYS: tl.constexpr, ALONE: tl.constexpr, HIDES: tl.constexpr):
+    """(p, pv, ds) of a tile from its logits and dy vᵀ; pv is p as it multiplied v, after dropout.
 
     KEYS is the axis of the keys.  A tile that holds ALONE all keys gives p and rowsum(o * do) = rowsum(p * dp) afresh,
     which is exact where a row sees a single key; delta is then -dlse alone.
+    Where a mask HIDES, hidden entries are 0 whatever dy vᵀ is; without one, those of keys past the end are 0 anyway.
     """
-    hidden = s == float("-inf")
-    dp = tl.where(hidden, 0.0, kept(dyv * row.gate, drop, b, h, rows, keys))
+    hidden = s == float("-inf") if HIDES else None
+    dp = unless(hidden, kept(dyv * row.gate, drop, b, h, rows, keys))
     if ALONE:
         p = tl.exp2(s - safe(tl.max(s, KEYS, keep_dims=True)))
         total = tl.sum(p, KEYS, keep_dims=True)
         p = p / tl.where(total == 0.0, 1.0, total)
         dp -= tl.sum(p * dp, KEYS, keep_dims=True)
     else:
-        p = tl.where(hidden, 0.0, tl.exp2(s - safe(row.pivot)) * row.inverse)
-    return p, kept(p, drop, b, h, rows, keys), tl.where(hidden, 0.0, p * (dp - row.delta))
+        pivot = safe(row.pivot) if HIDES else row.pivot  # without a mask every row sees something
+        p = unless(hidden, tl.exp2(s - pivot) * row.inverse)
+    return p, kept(p, drop, b, h, rows, keys), unless(hidden, p * (dp - row.delta))
+
+
+@triton.jit
+def unless(hidden, x):
+    return x if hidden is None else tl.where(hidden, 0.0, x)
 
 
 @triton.jit
