@@ -109,6 +109,12 @@ def test_tiles_that_are_seen_whole_between_others(name):
     assert torch.equal(dirty["dq"][~sees], clean["dq"][~sees]) and dirty["y"][sees].isnan().all()
 
 
+def test_the_end_of_the_keys_where_heads_are_large():
+    """dq has one loop there, and a tile of keys that is not full."""
+    with tile_size(16):
+        assert_within_budget(check(replace(SMALL, B=1, D=136), "triton"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bias_of_minus_infinity_hides_too(backend):
     call = draw(SMALL)

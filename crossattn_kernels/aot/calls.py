@@ -45,6 +45,7 @@ def shapes(D: int) -> dict[str, Shape]:
     few_keys, few_queries = (sizes[64 if D <= 64 else 128 if D <= 128 else 256] for sizes in (FEW_KEYS, FEW_QUERIES))
     return {
         "two-pass": Shape(2, 8, 4, 4096, 4096, D),
+        "ragged": Shape(2, 8, 4, 4001, 4001, D),  # tiles end with neither queries nor keys
         "short keys": Shape(2, 8, 4, 4096, few_keys, D),
         "short keys of a tile": Shape(2, 8, 4, 4096, 128, D),
         "short queries": Shape(8, 32, 16, few_queries, 4096, D),
@@ -124,6 +125,7 @@ def _kinds(shape: str, dtype: str, D: int) -> tuple[str, ...]:
             "short queries": ("plain", "keys", "row gate"),
             "fewer queries": ("ranges", "bias"),
             "split queries": ("ranges",),
+            "ragged": (),
         }
         return kinds.get(shape, ("plain",))
     if shape != "two-pass" or (dtype != "bf16" and D not in PADDED):

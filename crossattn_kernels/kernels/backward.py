@@ -80,6 +80,8 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, Hq, M, N, C: tl.c
     q_tile = load_rows(q, shared, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
     acc = tl.zeros([C.BLOCK_M, C.BLOCK_D], tl.float32)
     scale = head_scale(logits, shared, h)
+    # at D = 256 a second loop does not fit the registers, and the end of the keys is but one selection an entry
+    ONE_LOOP: tl.constexpr = (C.EDGE_STAGES > 0) & (C.BLOCK_D > 128) & (not C.HIDES)
     for entry in tl.range(0, batches):
         b = shared + entry
         do_tile = load_rows(do, b, h, rows, dv, M, C.DV)  # (BLOCK_M, BLOCK_DV)
@@ -89,12 +91,14 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, Hq, M, N, C: tl.c
         lo, hi = key_range(logits.mask, b, h, rows, M, N)
         lo = lo // C.BLOCK_N * C.BLOCK_N
         first, last = whole_range(logits, b, h, rows, lo, hi, M, N, C.BLOCK_N)
-        if not sifts(logits):
+        if ONE_LOOP:
+            first, last = lo, lo
+        elif not sifts(logits):
             for key in tl.range(first, last, C.BLOCK_N):
                 found = dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N, True, C)
         if C.EDGE_STAGES > 0:
             # the others, on both sides; a pipeline for the last one alone would make ptxas serialise all products
-            for i in tl.range(lo, hi - (last - first), C.BLOCK_N, num_stages=None if C.HIDES else 1):
+            for i in tl.range(lo, hi - (last - first), C.BLOCK_N, num_stages=None if C.HIDES | ONE_LOOP else 1):
                 key = i + tl.where(i < first, 0, last - first)
                 if touches(logits.mask, b, h, rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :], M, N):
                     found = dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N, False, C)
