@@ -75,7 +75,7 @@ class Place(NamedTuple):
 # ---- pairs ----
 
 
-def flamingo(place: Place, dim: int = 1024, feed_forward: bool = True) -> Pair:
+def flamingo(place: Place, dim: int, feed_forward: bool = True) -> Pair:
     """flamingo-pytorch's gated block: 16 images of 64 latents, 1024 text tokens that see the latest image."""
     from flamingo_pytorch import GatedCrossAttentionBlock as Theirs
 
@@ -179,12 +179,12 @@ def decode(place: Place) -> Pair:
 
 
 TILE = 1601  # tokens of an image tile at 560 pixels
-# name: (pair, modes, target on a CPU)
+# name: (pair, modes, target of the last mode on a CPU)
 PAIRS: dict[str, tuple[Callable[[Place], Pair], tuple[str, ...], float | None]] = {
-    "Flamingo, attention of a block 512 wide": (lambda p: flamingo(p, 512, False), (FORWARD, BOTH), 3.0),
-    "Flamingo, attention of a block 1024 wide": (lambda p: flamingo(p, 1024, False), (FORWARD, BOTH), 3.0),
+    "Flamingo, block 256 wide": (lambda p: flamingo(p, 256), (FORWARD, BOTH), 3.0),
     "Flamingo, block 512 wide": (lambda p: flamingo(p, 512), (FORWARD, BOTH), 3.0),
-    "Flamingo, block 1024 wide": (flamingo, (FORWARD, BOTH), 3.0),
+    "Flamingo, block 1024 wide": (lambda p: flamingo(p, 1024), (FORWARD, BOTH), 3.0),
+    "Flamingo, the same without feed-forward, 512 wide": (lambda p: flamingo(p, 512, False), (FORWARD, BOTH), 3.0),
     "Mllama, cross layer, 2 images in 4 tiles": (mllama, (FORWARD, BOTH), None),
     "BLIP-2, Q-Former of 2 layers": (qformer, (FORWARD, BOTH), None),
     "SDXL, attn2": (sdxl, (FORWARD, BOTH), None),
