@@ -1,18 +1,13 @@
-"""`python -m crossattn_kernels report` on configurations of diffusers; test_transformers_core.py has the other's."""
+"""`python -m crossattn_kernels report` on configurations of transformers and of diffusers."""
 
 import json
 
-import diffusers
 import pytest
+import transformers as tf
 
 from crossattn_kernels import cli
-
-
-def unet():
-    return diffusers.UNet2DConditionModel(
-        sample_size=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-        block_out_channels=(16,), layers_per_block=1, cross_attention_dim=24, attention_head_dim=2, norm_num_groups=8,
-    )  # fmt: skip
+from tests.diffusers_models import unet
+from tests.transformers_models import build
 
 
 def test_the_command_reports_a_model_a_file_and_a_pipeline(tmp_path, capsys):
@@ -49,3 +44,27 @@ def test_the_command_refuses_in_one_sentence(config, tmp_path, capsys):
     for where in (tmp_path, tmp_path / "absent"):
         assert cli.main(["report", str(where)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_command_reports_a_model_of_transformers(tmp_path, capsys):
+    model, _ = build("bart")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    by_folder = capsys.readouterr().out
+    assert by_folder.splitlines()[-1] == "BartForConditionalGeneration: 2 of 5 attention modules run on crossattn"
+    assert cli.main(["report", str(tmp_path / "config.json")]) == 0
+    assert capsys.readouterr().out == by_folder
+
+
+def test_the_command_says_what_is_wrong_with_a_model_of_transformers(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such model"}))
+    for where in (tmp_path, tmp_path / "absent"):
+        assert cli.main(["report", str(where)]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and str(where) in error
+    tf.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8).save_pretrained(
+        tmp_path
+    )
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "0 of 1 attention modules run on crossattn" in capsys.readouterr().out

@@ -281,3 +281,13 @@ def mllama(implementation):
         pixel_values=torch.randn(batch, images, 2, 3, 8, 8), aspect_ratio_ids=torch.tensor([[1, 2], [2, 2]]),
         aspect_ratio_mask=torch.tensor([[[1, 0], [1, 1]], [[1, 1], [1, 1]]]),
     )  # fmt: skip
+
+
+class Module(nn.Module):
+    """What an attention function sees of a module."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        self.config, self.num_key_value_groups = tf.BartConfig(), 2
+        for name, value in attributes.items():
+            setattr(self, name, value)
