@@ -4,9 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-from bench.layers import PAIRS, Place, check
+from bench.layers import PAIRS, checked
 
 CASES = [(name, mode) for name, (_, modes, _) in PAIRS.items() for mode in modes]
 
@@ -14,9 +13,7 @@ CASES = [(name, mode) for name, (_, modes, _) in PAIRS.items() for mode in modes
 @pytest.mark.parametrize("name, mode", CASES, ids=[f"{name}, {mode}" for name, mode in CASES])
 def test_layer(name, mode, race):
     build, modes, target = PAIRS[name]
-    torch.manual_seed(0)
-    pair = build(Place("cpu"))
-    check(pair, mode, 1e-4)  # a wrong result is not timed
+    pair = checked(build, mode, "cpu")  # a wrong result is not timed
     race("layers against the library's own", f"{name}, {mode}", pair.bind(mode), target if mode == modes[-1] else None)
 
 
