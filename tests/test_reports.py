@@ -1,6 +1,9 @@
 """The table says who runs where, aligned, and counts."""
 
-from crossattn_kernels.integrations.reports import Report, Row
+import torch
+
+from crossattn_kernels.integrations import reports
+from crossattn_kernels.integrations.reports import Report, Row, runs_here
 
 ROWS = (
     Row("down.attn2", "Attention", "cross", "crossattn (torch)"),
@@ -24,3 +27,10 @@ def test_a_report_knows_what_runs_here():
 
 def test_a_model_without_attention_has_a_report_too():
     assert str(Report("Linear", ())) == "Linear: 0 of 0 attention modules run on crossattn"
+
+
+def test_a_model_on_meta_is_reported_as_it_will_run(monkeypatch):
+    assert runs_here(torch.device("meta")) == runs_here(torch.device("cpu")) == "crossattn (torch)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(reports, "choose", lambda problem, backend: f"{problem.device}, D {problem.D}")
+    assert runs_here(torch.device("meta"), size=40) == "crossattn (cuda, D 40)"

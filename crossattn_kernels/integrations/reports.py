@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
+from crossattn_kernels.functional import choose
+from crossattn_kernels.problem import Problem
+
 HERE = "crossattn"
 
 
@@ -39,3 +44,10 @@ class Report(NamedTuple):
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
         count = f"{self.model}: {len(self.here)} of {len(self.rows)} attention modules run on {HERE}"
         return "\n".join([*(lines if self.rows else []), count])
+
+
+def runs_here(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 64) -> str:
+    """`crossattn (triton)`: with the backend for heads of `size` there; a model on meta will run on the GPU, if any."""
+    if device.type == "meta":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return f"{HERE} ({choose(Problem(1, 1, 1, 1, 1, size, size, dtype, device), None)})"

@@ -10,11 +10,9 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from crossattn_kernels.functional import choose
 from crossattn_kernels.integrations.diffusers import dispatch
 from crossattn_kernels.integrations.diffusers.processor import CrossAttnProcessor
-from crossattn_kernels.integrations.reports import HERE, Report, Row
-from crossattn_kernels.problem import Problem
+from crossattn_kernels.integrations.reports import HERE, Report, Row, runs_here
 
 # processors that `CrossAttnProcessor` stands in for; True: they normalise heads, False: all channels
 KNOWN = {
@@ -112,14 +110,12 @@ def report(target: Any) -> Report:
     rows = []
     for found in survey(target):
         here = found.runs == HERE
-        runs = f"{HERE} ({_backend(found.module)})" if here else found.runs
+        runs = _runs_here(found.module) if here else found.runs
         why = "" if here else found.reason or "apply() moves it"
         rows.append(Row(found.name or "(the model)", type(found.module).__name__, found.kind, runs, why))
     return Report(type(target).__name__, tuple(rows))
 
 
-def _backend(module: Any) -> str:
-    """Which of our backends runs where the weights are now."""
+def _runs_here(module: Any) -> str:
     heads, weight = getattr(module, "heads", 1), next(p for p in module.parameters() if p.is_floating_point())
-    size = getattr(module, "inner_dim", heads * 64) // heads
-    return choose(Problem(1, heads, heads, 1, 1, size, size, weight.dtype, weight.device), None)
+    return runs_here(weight.device, weight.dtype, getattr(module, "inner_dim", heads * 64) // heads)

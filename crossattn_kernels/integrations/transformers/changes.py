@@ -11,9 +11,9 @@ from torch import nn
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from crossattn_kernels.integrations.changes import ABSENT, Change, make
-from crossattn_kernels.integrations.reports import Report
+from crossattn_kernels.integrations.reports import HERE, Report
 from crossattn_kernels.integrations.transformers import interface, survey, swaps
-from crossattn_kernels.integrations.transformers.interface import NAME, Redirected
+from crossattn_kernels.integrations.transformers.interface import Redirected
 
 # models that hand compact masks to their cross-attention
 CARRIERS = {
@@ -25,7 +25,7 @@ CARRIERS = {
 def apply(model: nn.Module) -> Report:
     interface.register()
     found = list(survey.survey(model))
-    if not any(one.movable or one.implementation == NAME for one in found):
+    if not any(one.movable or one.implementation == HERE for one in found):
         many = f"none of its {len(found)} attention modules" if found else "no attention module"
         raise ValueError(f"nothing to replace in {type(model).__name__}: {many} is cross-attention that can run here")
     make([*_swaps(model), *_moves(found)])
@@ -65,7 +65,7 @@ def _moves(found: list[survey.Attention]) -> Iterator[Change]:
             yield Change(one.module, "config", Redirected(config))
         elif one.movable and one.replacement is None and id(config) not in renamed:
             renamed.add(id(config))
-            yield Change(config, "_attn_implementation_internal", NAME)
+            yield Change(config, "_attn_implementation_internal", HERE)
         if survey.asks_interface(one.module) and not hasattr(one.module, "crossattn_kind"):
             yield Change(one.module, "crossattn_kind", one.kind)
 
@@ -89,5 +89,5 @@ def _returns(model: nn.Module) -> Iterator[Change]:
         config = getattr(module, "config", None)
         if isinstance(config, Redirected):
             yield Change(module, "config", config.original)
-        elif getattr(config, "_attn_implementation_internal", None) == NAME:
+        elif getattr(config, "_attn_implementation_internal", None) == HERE:
             yield Change(config, "_attn_implementation_internal", "sdpa")

@@ -14,23 +14,22 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.output_capturing import _active_collector
 
 from crossattn_kernels.functional import cross_attention
+from crossattn_kernels.integrations.reports import HERE
 from crossattn_kernels.integrations.transformers.kinds import kind_of_class
 from crossattn_kernels.maps import attention_weights
 from crossattn_kernels.masks import Mask
 
-NAME = "crossattn"
-
 
 def register() -> None:
     """Both registries: a name without a mask function would drop every mask."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
+    AttentionInterface.register(HERE, attention)
+    AttentionMaskInterface.register(HERE, mask)
 
 
 class Redirected:
     """The configuration of one module, which names this package instead of what the rest of the model runs on."""
 
-    _attn_implementation = NAME
+    _attn_implementation = HERE
 
     def __init__(self, original: Any) -> None:
         self.original = original

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.mllama import modeling_mllama as upstream
 
-from crossattn_kernels.integrations.transformers.interface import NAME
+from crossattn_kernels.integrations.reports import HERE
 from crossattn_kernels.masks import Mask
 
 
@@ -55,7 +55,7 @@ class MllamaTextModel(upstream.MllamaTextModel):
 def _all_run_here(text: upstream.MllamaTextModel) -> bool:
     """False once `set_attn_implementation` has named something else, which reads no `Mask`."""
     layers = (text.layers[i] for i in text.cross_attention_layers)
-    return all(layer.cross_attn.config._attn_implementation == NAME for layer in layers)
+    return all(layer.cross_attn.config._attn_implementation == HERE for layer in layers)
 
 
 def tile_mask(visible: Tensor, tokens: int, dtype: Any) -> tuple[Mask, Tensor]:

@@ -23,7 +23,7 @@ def report(name: str) -> Report:
         changes.apply(model)
     except ValueError:  # nothing to replace: the rows say why
         pass
-    return survey.report(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return survey.report(model)
 
 
 def build(config: Any) -> nn.Module:

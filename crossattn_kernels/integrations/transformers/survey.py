@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from crossattn_kernels.functional import explain
-from crossattn_kernels.integrations.reports import HERE, Report, Row
+from crossattn_kernels.integrations.reports import HERE, Report, Row, runs_here
 from crossattn_kernels.integrations.transformers import swaps
-from crossattn_kernels.integrations.transformers.interface import NAME
 from crossattn_kernels.integrations.transformers.kinds import kind_of
 
 OWN = "its own code"  # of a class that does not ask the attention interface
@@ -27,25 +25,23 @@ class Attention(NamedTuple):
     path: str
     module: nn.Module
     kind: str  # "cross", "self", or "?" if nothing says which
-    implementation: str  # NAME, transformers' name of it, or OWN
+    implementation: str  # HERE, transformers' name of it, or OWN
     replacement: type[nn.Module] | None = None  # to be swapped in
     reason: str = ""  # why it cannot run here
 
     @property
     def movable(self) -> bool:
         """It does not run here, and could."""
-        return self.implementation != NAME and not self.reason
+        return self.implementation != HERE and not self.reason
 
 
-def report(model: nn.Module, device: torch.device | str | None = None) -> Report:
-    """The table; device: where the model is going to run, by default where it is."""
-    where = torch.device(device) if device else next((p.device for p in model.parameters()), torch.device("cpu"))
-    backend = f"{HERE} ({_backend(where)})"
+def report(model: nn.Module) -> Report:
+    where = next((p.device for p in model.parameters()), torch.device("cpu"))
     rows = []
     for found in survey(model):
-        here = found.implementation == NAME
+        here = found.implementation == HERE
         why = "" if here else found.reason or "apply() moves it"
-        name = backend if here else found.implementation
+        name = runs_here(where) if here else found.implementation
         rows.append(Row(found.path or "(the model)", _class_name(found.module), found.kind, name, why))
     return Report(type(model).__name__, tuple(rows))
 
@@ -71,13 +67,13 @@ def _of_interface(path: str, module: nn.Module, kind: str | None) -> Attention:
     chosen = config._attn_implementation or "eager"
     if kind == "cross":
         return Attention(path, module, kind, chosen, reason=OWN_MASKS.get(chosen, ""))
-    return Attention(path, module, "self", "sdpa" if chosen == NAME else chosen, reason=STAYS)
+    return Attention(path, module, "self", "sdpa" if chosen == HERE else chosen, reason=STAYS)
 
 
 def _of_swap(path: str, module: nn.Module, kind: str | None, swap: swaps.Swap) -> Attention:
     if swap.replacement is None:
         return Attention(path, module, kind or "?", OWN, reason=STAYS if kind == "self" else swap.reason or STAYS)
-    return Attention(path, module, "cross", NAME if is_ours(module) else OWN, swap.replacement)
+    return Attention(path, module, "cross", HERE if is_ours(module) else OWN, swap.replacement)
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -113,8 +109,3 @@ def _named_attention(module: nn.Module) -> bool:
 def _class_name(module: nn.Module) -> str:
     """As upstream calls it."""
     return swaps.upstream_class(type(module)).__name__
-
-
-def _backend(device: torch.device) -> str:
-    one = torch.empty(1, 1, 1, 64, device="cpu" if device.type == "meta" else device)
-    return explain(one, one, one).backend
