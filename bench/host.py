@@ -1,4 +1,4 @@
-"""Host time from call to last launch, without a GPU: the stand-in of `aot` compiles for an H200 and launches nothing.
+"""Host time from call to last launch, without a GPU: Triton's own launcher calls a CUDA driver that launches nothing.
 
 `python -m bench.host` prints microseconds of one call, median over rounds; run it on a quiet machine.
 """
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from bench.libcuda import launching
 from crossattn_kernels import cross_attention, kernels
-from crossattn_kernels.aot.target import standing_in
 from crossattn_kernels.kernels import launch
 from crossattn_kernels.kernels.forward import forward_kernel
 from crossattn_kernels.problem import canonical
@@ -40,12 +40,11 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    with standing_in("sm_90"):
+    with launching("sm_90"):
         report()
 
 
 def report() -> None:
-    kernels.unsupported = lambda problem: ()  # the tensors are on the CPU, and nothing will touch them
     torch.set_num_threads(1)
     q, k, v = (torch.randn(1, 8, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (32, 77, 77))
     constants = [t.detach() for t in (q, k, v)]

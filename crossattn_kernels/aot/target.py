@@ -64,7 +64,7 @@ class StandIn:
 
 
 @contextmanager
-def standing_in(arch: str) -> Iterator[None]:
+def standing_in(arch: str, stand_in: type[StandIn] = StandIn) -> Iterator[None]:
     """Within it, calls on `meta` tensors are planned and compiled for `arch`.
 
     Raises ValueError for one that is not known, and where kernels are bound to Triton's interpreter.
@@ -82,7 +82,7 @@ def standing_in(arch: str) -> Iterator[None]:
 
     with assumed(arch):
         before = driver._active  # asking for it would look for a GPU
-        driver.set_active(StandIn(target_of(arch)))
+        driver.set_active(stand_in(target_of(arch)))
         forget()
         try:
             yield
