@@ -6,7 +6,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-tritons lint format bench bench-gpu bench-layers-gpu gpu clean
+.PHONY: help demo test test-tritons lint format bench bench-gpu bench-layers-gpu experiments-gpu gpu clean
 
 help: ## list the commands
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ bench-gpu: ## time against every peer on an NVIDIA GPU with the system's python3
 
 bench-layers-gpu: ## layers and models beside the library's own on an NVIDIA GPU, with the system's python3; OUT=dir
 	PYTHONPATH=. $(PYTHON) -m bench.layers --device cuda $(if $(OUT),--out $(OUT)) $(ARGS)
+
+experiments-gpu: ## what was chosen beside what was not, on an NVIDIA GPU with the system's python3; OUT=dir
+	PYTHONPATH=. $(PYTHON) -m bench.experiments $(if $(OUT),--out $(OUT)) $(ARGS)
 
 gpu: ## parity on an NVIDIA GPU with the system's python3: nothing is installed
 	PYTHONPATH=. $(PYTHON) tests/gpu.py $(ARGS)

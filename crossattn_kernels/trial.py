@@ -162,15 +162,19 @@ def reduced(case: Case, config: Config) -> Case:
 
 def check(case: Case, kernel: str, config: Config, device: torch.device) -> str:
     """What is over its budget on a small call whose kernel runs by this configuration; empty if nothing is."""
-    changes = forcing(kernel, config._replace(splits=min(config.splits, 2)))
+    return wrong(reduced(case, config), forcing(kernel, config._replace(splits=min(config.splits, 2))), device)
+
+
+def wrong(case: Case, changes: dict[str, Any], device: torch.device) -> str:
+    """What is over its budget with these changes to the plan; empty if nothing is."""
     with warnings.catch_warnings(), tuning.force(**changes), testing.poisoned(strict=False):
         warnings.filterwarnings("ignore", message=".*deterministic")  # of the reference, not of the kernels
-        rows = testing.check(reduced(case, config), "triton", device)
+        rows = testing.check(case, "triton", device)
     return "; ".join(f"{row.name}: error {row.error:.1e} > {row.budget:.1e}" for row in rows if not row.ok)
 
 
-def launches(case: Case, kernel: str, config: Config, device: torch.device) -> Callable[[], None]:
-    """Runs a call once; what it returns launches this kernel's part of it again, and nothing else."""
+def launches(case: Case, names: Sequence[str], changes: dict[str, Any], device: torch.device) -> Callable[[], None]:
+    """Runs a call once; what it returns launches these kernels of it again, and nothing else."""
     from crossattn_kernels.kernels.launch import Launcher
 
     kept: list[Callable[[], None]] = []
@@ -178,10 +182,10 @@ def launches(case: Case, kernel: str, config: Config, device: torch.device) -> C
 
     def keep(self: Launcher, jitted: Any, *args: Any, label: str = "") -> None:
         launch(self, jitted, *args, label=label)
-        if jitted.__name__ in LAUNCHES[kernel]:
+        if jitted.__name__ in names:
             kept.append(partial(launch, self, jitted, *args, label=label))
 
-    with tuning.force(**forcing(kernel, config)), patch.object(Launcher, "__call__", keep):
+    with tuning.force(**changes), patch.object(Launcher, "__call__", keep):
         testing.run(_drawn(case, device), "triton", through_lse=False)
 
     def again() -> None:
@@ -197,8 +201,12 @@ def _drawn(case: Case, device: torch.device) -> testing.Call:
 
 
 def cuda_times(case: Case, kernel: str, configs: Sequence[Config], device: torch.device) -> list[float]:
+    """Median milliseconds of each."""
+    return in_turns([launches(case, LAUNCHES[kernel], forcing(kernel, c), device) for c in configs], device)
+
+
+def in_turns(ways: Sequence[Callable[[], None]], device: torch.device) -> list[float]:
     """Median milliseconds of each, taken in turns, the L2 cache cold."""
-    ways = [launches(case, kernel, config, device) for config in configs]
     clear = torch.empty(CLEARED, dtype=torch.uint8, device=device)
 
     def once(way: Callable[[], None]) -> float:

@@ -116,7 +116,8 @@ def test_the_check_names_what_is_wrong(monkeypatch):
 @pytest.mark.parametrize("kernel", SMALL)
 def test_only_the_kernel_in_question_is_launched_again(kernel, launched):
     (job,) = trial.jobs([SMALL[kernel]], (kernel,), CPU)
-    again = trial.launches(job.case, kernel, next(iter(job.configs.values())), CPU)
+    changes = trial.forcing(kernel, next(iter(job.configs.values())))
+    again = trial.launches(job.case, trial.LAUNCHES[kernel], changes, CPU)
     part = [one for one in launched if one[0] in trial.LAUNCHES[kernel]]
     assert 0 < len(part) < len(launched)
     launched.clear()
@@ -142,7 +143,9 @@ def test_times_are_medians_of_turns(monkeypatch):
         def elapsed_time(self, other):
             return other.at - self.at
 
-    def launches(case, kernel, config, device):
+    def launches(case, names, changes, device):
+        config = changes["dq"]
+
         def launch():
             order.append(config)
             now[0] += config.BLOCK_M * (100 if len(order) % 7 == 0 else 1)

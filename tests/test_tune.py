@@ -253,7 +253,7 @@ def test_a_whole_run_under_the_interpreter(tmp_path, monkeypatch):
 
     def times(case, kernel, configs):
         for config in configs:
-            trial.launches(case, kernel, config, CPU)()
+            trial.launches(case, trial.LAUNCHES[kernel], trial.forcing(kernel, config), CPU)()
         return [1 / config.BLOCK_N for config in configs]
 
     on = machine(partial(trial.check, device=CPU), times)

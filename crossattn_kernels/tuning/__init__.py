@@ -79,6 +79,8 @@ def _plan(problem: Problem, chip: Chip, changes: tuple[tuple[str, Any], ...]) ->
     )
     reasons = rules.reasons(problem, short_keys.BLOCK_N, short_queries.BLOCK_M)
     schedule = fixed.get("backward_schedule") or next(s for s in BACKWARD if s not in reasons)
+    if schedule not in BACKWARD:
+        raise ValueError(f"backward_schedule must be one of {', '.join(map(repr, BACKWARD))}, got {schedule!r}")
     if schedule in reasons:
         raise ValueError(f"the schedule {schedule!r} cannot serve this call: {reasons[schedule]}")
     forward = rules.split_keys(rules.fitted(config("forward"), problem), problem, chip)

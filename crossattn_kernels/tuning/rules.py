@@ -80,8 +80,11 @@ def reasons(problem: Problem, keys: int, queries: int) -> dict[str, str]:
 
 
 def shares(programs: int, tiles: int, chip: Chip, least: int) -> int:
-    """Programs that share each loop over `tiles` so that all multiprocessors have work; each has `least` or more."""
-    wanted = -(-WAVES * chip.multiprocessors // max(1, programs)) if programs < chip.multiprocessors else 1
+    """Programs that share each loop over `tiles` so that all multiprocessors have work; each has `least` or more.
+
+    As many as fill WAVES: a few more would wait for all others, and take as long again.
+    """
+    wanted = WAVES * chip.multiprocessors // max(1, programs) if programs < chip.multiprocessors else 1
     return max(1, min(wanted, tiles // least))
 
 

@@ -1,0 +1,293 @@
+"""`python -m bench.experiments`: choices of `plan` and of the kernels, each timed beside what else could be done.
+
+    python -m bench.experiments                 all of them, on the first NVIDIA GPU; lines go to bench/results
+    python -m bench.experiments --only packing  one of them
+    python -m bench.experiments --page          docs/performance-log.md, from what was measured so far
+
+What a way is predicted to gain is written here before it is measured.  A way is held to the policy of `testing.py`, on
+a small call that meets the same tiles, and is timed beside what ships, in turns; a wrong one is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, MutableSequence, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import rows
+from bench.clocks import said
+from bench.jobs import DONE, LEFT_OUT, PENDING
+from bench.named import NAMED
+from bench.supervise import supervise
+from bench.variants import forward_by
+from crossattn_kernels import trial, tuning
+from crossattn_kernels.testing import Case
+from crossattn_kernels.tuning import Config, Plan
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance-log.md"
+FORWARD = trial.LAUNCHES["forward"]
+BACKWARD = ("delta_kernel", *(name for names in trial.LAUNCHES.values() for name in names if name not in FORWARD))
+SECONDS = 240.0  # of a run
+
+
+class Way(NamedTuple):
+    """Something else than what ships."""
+
+    name: str
+    predicted: float  # its time over that of what ships
+    changes: dict[str, Any] = {}  # arguments of `tuning.force`
+    variant: str = ""  # of bench/variants.py
+
+
+class Experiment(NamedTuple):
+    name: str
+    question: str
+    because: str  # where the prediction comes from
+    case: Case
+    kernels: tuple[str, ...]  # whose launches are timed
+    ways: Callable[[Plan], list[Way]]
+    verdict: str = ""  # what was concluded, once it was measured
+
+
+def waves(heads: int, splits: int, resident: int) -> float:
+    """The time of a loop that `splits` programs a head share, over that of one program that does all of it.
+
+    resident: programs that a multiprocessor of an H200 has room for.
+    """
+    return math.ceil(heads * splits / (132 * resident)) / splits
+
+
+def sweep(field: str, heads: int, resident: int, splits: tuple[int, ...]) -> Callable[[Plan], list[Way]]:
+    """Other numbers of splits; predicted by waves of programs alone."""
+
+    def ways(p: Plan) -> list[Way]:
+        ships: Config = getattr(p, field)
+        base = waves(heads, ships.splits, resident)
+        return [
+            Way(f"{n} x {heads} programs", waves(heads, n, resident) / base, {field: ships._replace(splits=n)})
+            for n in splits
+            if n != ships.splits
+        ]
+
+    return ways
+
+
+VIDEO = Case("video", 1, 16, 16, 64, 65536, 64, layout="bshd", source="resampler, 64 latents, 256 frames of 256 tokens")
+IN_ORDER = "The second product of a tile waits in the loop for the exponentials of the same tile instead of the next."
+EXPERIMENTS = (
+    Experiment(
+        "delayed product, D = 128", IN_ORDER,
+        "Exponentials take 0.4 of the products' time at D = 128. Without overlap that is a factor of 1.4, and two "
+        "warpgroups hide about half of it from each other.",
+        NAMED["W2a"].case, FORWARD, lambda p: [Way("in order", 1.2, variant="in order")],
+    ),
+    Experiment(
+        "delayed product, D = 64", IN_ORDER,
+        "At D = 64 exponentials take 0.8 of the products' time, but two programs share a multiprocessor, and one "
+        "multiplies while the other takes exponentials.",
+        NAMED["W8a"].case, FORWARD, lambda p: [Way("in order", 1.1, variant="in order")],
+    ),
+    Experiment(
+        "descriptors", "Tiles of keys are loaded through tensor descriptors instead of pointers.",
+        "Fewer registers, but the compiler then waits for the product before the exponentials.",
+        NAMED["W2a"].case, FORWARD,
+        lambda p: [Way("descriptors", 1.15, dict(forward=p.forward._replace(BLOCK_N=64, descriptors=True)))],
+    ),
+    Experiment(
+        "packing", "Each query head reads its keys, instead of one program for all heads that share them.",
+        "Keys and values are read four times, three of them from L2.",
+        NAMED["W7a"].case, FORWARD,
+        lambda p: [Way("a head a program", 2.0, dict(forward=p.forward._replace(packed=False)))],
+    ),
+    Experiment(
+        "forward splits", "How many programs share the keys of 64 latents. 16 for each of 16 heads ship.",
+        "Waves of two programs a multiprocessor, merging for nothing: 17 leave 8 programs to a second wave.",
+        VIDEO, FORWARD, sweep("forward", 16, 2, (1, 4, 8, 17, 33)),
+    ),
+    Experiment(
+        "short keys, splits",
+        "How many programs share the queries of a head in the one-pass backward. 13 for each of 20 heads ship.",
+        "Waves of one program a multiprocessor: 14 leave 16 programs to a third wave. Partial sums for nothing, though "
+        "13 move 1.40 times what q, o, dy and dq are, and 6 move 1.07 times as much.",
+        NAMED["W1a"].case, BACKWARD, sweep("dkv", 20, 1, (1, 2, 4, 6, 8, 14, 19, 26, 32)),
+    ),
+    Experiment(
+        "short queries, splits",
+        "How many programs share the keys of a head in the backward of few queries. 16 for each of 16 heads ship.",
+        "Waves of one program a multiprocessor: 17 leave 8 programs to a third wave. Partial sums for nothing.",
+        VIDEO, BACKWARD, sweep("short_queries", 16, 1, (1, 4, 8, 17, 24, 32)),
+    ),
+    Experiment(
+        "two-pass, splits",
+        "Several programs share the queries of a tile of keys. 320 tiles ship unsplit: there are more than "
+        "multiprocessors.",
+        "Waves of one program a multiprocessor, for dk and dv alone: 320 programs leave 56 to a third wave. Partial "
+        "sums for nothing.",
+        NAMED["W2a"].case, ("dkv_kernel", "fold_kernel"), sweep("dkv", 320, 1, (2, 3, 4, 5)),
+    ),
+    Experiment(
+        "one pass for short keys, batch 2", "Two passes, as for any number of keys.",
+        "7 tensors as large as q move instead of 4 and partial sums of 1.6.",
+        NAMED["W1a"].case, BACKWARD, lambda p: [Way("two-pass", 1.25, dict(backward_schedule="two-pass"))],
+    ),
+    Experiment(
+        "one pass for short keys, batch 8", "Two passes, as for any number of keys.",
+        "7 tensors as large as q move instead of 4 and partial sums of 0.6.",
+        NAMED["W1b"].case, BACKWARD, lambda p: [Way("two-pass", 1.5, dict(backward_schedule="two-pass"))],
+    ),
+)  # fmt: skip
+
+
+class Job(NamedTuple):
+    experiment: str
+    way: str
+
+
+def plan_of(case: Case, device: torch.device) -> Plan:
+    return tuning.plan(trial.problem_of(case, device))
+
+
+def ways_of(experiment: Experiment, device: torch.device) -> dict[str, Way]:
+    """By name, for the GPU of the device, or for an H200."""
+    return {way.name: way for way in experiment.ways(plan_of(half(experiment.case), device))}
+
+
+def half(case: Case) -> Case:
+    return replace(case, dtype=torch.bfloat16)
+
+
+BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
+
+
+# ---- a run ----
+
+
+def work(jobs: Sequence[Job], states: MutableSequence[int], deadlines: Sequence[float], path: Path, head: Any) -> None:
+    """Do what is pending and not late (time.monotonic())."""
+    device = torch.device("cuda", 0)
+    for i, job in enumerate(jobs):
+        if states[i] != PENDING:
+            continue
+        if time.monotonic() > deadlines[i]:
+            states[i] = LEFT_OUT
+            continue
+        experiment = BY_NAME[job.experiment]
+        row = head | job._asdict() | measured(experiment, ways_of(experiment, device)[job.way], device)
+        append(path, row)
+        states[i] = DONE
+
+
+def measured(experiment: Experiment, way: Way, device: torch.device) -> dict[str, Any]:
+    """Its time and that of what ships, in milliseconds, or why there is none."""
+    case, ships = half(experiment.case), plan_of(half(experiment.case), device)
+    tiles = max((ships.forward, ships.dq, ships.dkv), key=lambda c: c.BLOCK_M * c.BLOCK_N)
+    few = {f: c._replace(splits=min(c.splits, 2)) if isinstance(c, Config) else c for f, c in way.changes.items()}
+    found: dict[str, Any] = dict(predicted=round(way.predicted, 3))
+    try:
+        with forward_by(way.variant):
+            wrong = trial.wrong(trial.reduced(case, tiles), few, device)
+            if wrong:
+                return found | dict(status="wrong", detail=wrong)
+            other = trial.launches(case, experiment.kernels, way.changes, device)
+        same = trial.launches(case, experiment.kernels, {}, device)
+        base, ms = trial.in_turns([same, other], device)
+    except Exception as error:  # whatever a compiler says
+        return found | dict(status="error", detail=said(error))
+    return found | dict(status="ok", detail="", ms=ms, base_ms=base, ratio=ms / base)
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    outcome = f"{row['ratio']:.3f} of {row['base_ms']:.4g} ms" if row["status"] == "ok" else row["detail"]
+    print(
+        f"{row['experiment']:36}{row['way']:20}predicted {row['predicted']:.2f}, {row['status']}: {outcome}", flush=True
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=BY_NAME, metavar="NAME", help=", ".join(BY_NAME))
+    parser.add_argument("--budget", type=float, default=SECONDS, metavar="SECONDS")
+    parser.add_argument("--out", type=Path, default=rows.FOLDER, help="folder of the results")
+    parser.add_argument("--page", action="store_true", help=f"write {PAGE.name} and measure nothing")
+    args = parser.parse_args(argv)
+    if args.page:
+        PAGE.write_text(page(read(args.out)))
+        return 0
+    if not torch.cuda.is_available():
+        print("bench.experiments needs an NVIDIA GPU that this torch can use; there is none")
+        return 2
+    gpu = torch.cuda.get_device_name()
+    path = rows.path_of(args.out, gpu)
+    path = path.with_name(f"{path.stem}-experiments.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {
+        n: v for n, v in rows.machine(gpu).items() if n in ("device", "driver", "torch", "triton", "commit", "date")
+    }
+    device = torch.device("cuda", 0)
+    jobs = [Job(name, way) for name in args.only or BY_NAME for way in ways_of(BY_NAME[name], device)]
+
+    def died(job: Job, why: str) -> None:
+        way = ways_of(BY_NAME[job.experiment], device)[job.way]
+        append(path, head | job._asdict() | dict(predicted=round(way.predicted, 3), status="died", detail=why))
+
+    deadline = time.monotonic() + args.budget
+    states = supervise(work, jobs, [deadline] * len(jobs), (path, head), died)
+    left = [f"{job.experiment}: {job.way}" for job, state in zip(jobs, states) if state == LEFT_OUT]
+    print(f"{len(jobs) - len(left)} measured, {len(left)} left out: {path}", *left, sep="\n")
+    return 0
+
+
+# ---- the page ----
+
+
+def read(folder: Path) -> dict[Job, dict[str, Any]]:
+    """The last line of each."""
+    lines = [line for path in sorted(folder.glob("*-experiments.jsonl")) for line in path.read_text().splitlines()]
+    found = map(json.loads, lines)
+    return {Job(row["experiment"], row["way"]): row for row in found}
+
+
+HEADING = """# What was tried, and what did it gain?
+
+Written by `python -m bench.experiments --page`; the experiments, with what was predicted before anything was measured,
+are in `bench/experiments.py`. A number is the time of a way over the time of what ships: below 1, the way is faster.
+"""
+
+
+def page(found: dict[Job, dict[str, Any]]) -> str:
+    return "\n".join([HEADING, *map("\n".join, (section(e, found) for e in EXPERIMENTS))])
+
+
+def section(experiment: Experiment, found: dict[Job, dict[str, Any]]) -> list[str]:
+    c = experiment.case
+    sizes = f"{c.B} x {c.Hq} x {c.M} queries, {c.Hk} x {c.N} keys, D = {c.D}, bf16"
+    lines = [f"## {experiment.name[0].upper()}{experiment.name[1:]}", "", experiment.question, ""]
+    lines += [f"{sizes} ({c.source}). {experiment.because}", "", "| way | predicted | measured |", "|---|---|---|"]
+    with tuning.assumed("sm_90"):
+        ways = ways_of(experiment, torch.device("meta"))
+    for way in ways.values():
+        row = found.get(Job(experiment.name, way.name))
+        lines.append(f"| {way.name} | {way.predicted:.2f} | {outcome(row)} |")
+    return [*lines, "", f"Verdict: {experiment.verdict or 'not measured yet'}.", ""]
+
+
+def outcome(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "not yet"
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['detail']}"
+    return f"{row['ratio']:.2f} of {row['base_ms']:.3g} ms, {row['device']}, {row['date']}, {row['commit']}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
