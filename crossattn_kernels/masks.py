@@ -39,7 +39,7 @@ class Mask:
     @staticmethod
     def lengths(lengths: Tensor) -> Mask:
         """The first `lengths[b]` keys of each batch entry.  lengths: integer (B,)."""
-        return Mask(end=_vector("lengths", lengths)[:, None, None])
+        return Mask(end=as_range(_vector("lengths", lengths))[:, None, None])
 
     @staticmethod
     def key_padding(keep: Tensor) -> Mask:
@@ -67,7 +67,7 @@ class Mask:
         inside = segment < cu_q.numel() - 1
         segment = segment.clamp(max=cu_q.numel() - 2)
         end = torch.where(inside, cu_k[segment + 1], 0)
-        return Mask(start=cu_k[segment][None, None], end=end[None, None])
+        return Mask(start=as_range(cu_k[segment])[None, None], end=as_range(end)[None, None])
 
     @staticmethod
     def media(locations: Tensor, tokens_per_media: int, latest: bool = True) -> Mask:
@@ -81,7 +81,7 @@ class Mask:
             raise ValueError(f"locations must be (B, M), got {tuple(locations.shape)}")
         count = locations.bool().long().cumsum(-1)[:, None]  # (B, 1, M)
         end = count * tokens_per_media
-        return Mask(start=(end - tokens_per_media).clamp(min=0), end=end) if latest else Mask(end=end)
+        return Mask(start=as_range(end - tokens_per_media) if latest else None, end=as_range(end))
 
     @staticmethod
     def groups(visible: Tensor, query_group: int = 1, key_group: int = 1) -> Mask:
@@ -114,8 +114,8 @@ class Mask:
     ) -> Mask:
         """Query i sees keys from i - left to i + right, both included; None leaves that side open."""
         query = torch.arange(num_queries, device=device)[None, None]
-        start = None if left is None else (query - left).clamp(0, num_keys)
-        end = None if right is None else (query + right + 1).clamp(0, num_keys)
+        start = None if left is None else as_range((query - left).clamp(max=num_keys))
+        end = None if right is None else as_range((query + right + 1).clamp(max=num_keys))
         return Mask(start=start, end=end)
 
     # ---- algebra ----
@@ -162,7 +162,7 @@ class Mask:
                 visible = visible.repeat_interleave(group // size, -1)
                 visible, group = visible[..., offset : offset - (first - last) // size], size
         return Mask(
-            start=None if self.start is None else self.start - first,
+            start=None if self.start is None else self.start.clamp(min=0) - first,
             end=None if self.end is None else self.end - first,
             keys=None if self.keys is None else self.keys[:, first:last],
             visible=visible,
@@ -187,6 +187,13 @@ class Mask:
             col = key // self.key_group if self.visible.shape[-1] > 1 else [0] * N
             seen &= self.visible[..., row, :][..., col]
         return seen
+
+
+def as_range(t: Tensor) -> Tensor:
+    """int32, as calls take it without another copy; what is below 0 or beyond 2^31 - 1 means the same at that end."""
+    if t.dtype == torch.int32:
+        return t
+    return t.clamp(0, min(INT32_MAX, torch.iinfo(t.dtype).max)).to(torch.int32)
 
 
 def _vector(name: str, x: Tensor) -> Tensor:

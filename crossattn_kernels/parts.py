@@ -101,7 +101,7 @@ def _ranges(call: Call, batch: slice) -> tuple[Tensor, Tensor, bool]:
     """(first, last + 1) key of every query, (M,), over all heads of these entries; True if heads and entries agree."""
     x = call.x
     _, _, M, N = x.sizes
-    start = torch.zeros(1, 1, 1, dtype=torch.int32) if x.start is None else of(x.start, batch)
+    start = torch.zeros(1, 1, 1, dtype=torch.int32) if x.start is None else of(x.start, batch).clamp(min=0)
     end = torch.full((1, 1, 1), N, dtype=torch.int32) if x.end is None else of(x.end, batch).clamp(max=N)
     start, end = torch.broadcast_tensors(start, end)
     empty = start >= end
@@ -273,7 +273,7 @@ def few_rows(call: Call, part: Part, least: int) -> list[Part]:
     if call.by_range:
         start = torch.zeros(1, 1, 1, dtype=torch.int32) if x.start is None else of(x.start, part.batch, part.rows)
         end = torch.full_like(start, x.sizes[3]) if x.end is None else of(x.end, part.batch, part.rows)
-        end = end.clamp(max=x.sizes[3])
+        start, end = start.clamp(min=0), end.clamp(max=x.sizes[3])
         count = (end - start).expand(-1, -1, m)
     else:
         seen = visible(call, part)

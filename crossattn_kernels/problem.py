@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from crossattn_kernels.masks import INT32_MAX, Mask
+from crossattn_kernels.masks import Mask, as_range
 
 EMPTY_ROWS = ("zero", "uniform", "attend_all")
 Fields = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -222,6 +222,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         else "the batch of `k`" if B != entries and 1 not in (B, entries)
         else "the number of heads of `k` (it must divide that of `q`)" if _not_multiple(Hq, Hk)
         else "the head size of `q`" if D == 0
+        else "the head size of `v`" if v.shape[3] == 0
         else None
     )  # fmt: skip
     if wrong:
@@ -275,7 +276,7 @@ class SharedBatch(torch.autograd.Function):
 def _fit(name: str, t: Tensor, target: tuple[int, ...], **given: Tensor) -> Tensor:
     """`t` with leading dimensions of 1, checked to broadcast to `target`."""
     _same_device(name, t, **given)
-    full = t[(None,) * (len(target) - t.ndim)] if t.ndim <= len(target) else t
+    full = t if t.ndim >= len(target) else t.view(*(1,) * (len(target) - t.ndim), *t.shape)
     if full.ndim != len(target) or any(a not in (1, b) for a, b in zip(full.shape, target)):
         raise ValueError(f"{name} must broadcast to {target}, got {tuple(t.shape)}: {shapes(**given)}")
     return full
@@ -316,10 +317,7 @@ def _fields(mask: Mask, sizes: tuple[int, int, int, int], **given: Tensor) -> Fi
 
 
 def _range(name: str, t: Tensor | None, target: tuple[int, ...], **given: Tensor) -> Tensor | None:
-    if t is None:
-        return None
-    most = min(INT32_MAX, torch.iinfo(_typed(name, t, "integers", **given).dtype).max)
-    return _fit(name, t.clamp(0, most).to(torch.int32), target, **given)
+    return None if t is None else _fit(name, as_range(_typed(name, t, "integers", **given)), target, **given)
 
 
 def _bits(name: str, t: Tensor | None, target: tuple[int, ...], **given: Tensor) -> Tensor | None:
@@ -333,9 +331,9 @@ def fit_gate(gate: Tensor, target: tuple[int, ...], q: Tensor, **others: Tensor)
     """() or (1,) one gate; (Hq,) one a head; (Hq, Dv) one a channel of a head; otherwise the usual broadcasting."""
     _same_device("gate", _typed("gate", gate, "floats", q=q, **others), q=q, **others)
     if gate.ndim == 1 and gate.shape[0] in (1, target[1]):
-        gate = gate[None, :, None, None]
+        gate = gate.view(1, -1, 1, 1)
     elif gate.ndim == 2 and gate.shape[0] in (1, target[1]) and gate.shape[1] in (1, target[3]):
-        gate = gate[None, :, None, :]
+        gate = gate.view(1, gate.shape[0], 1, gate.shape[1])
     return _fit("gate", gate, target, q=q, **others)
 
 

@@ -108,7 +108,7 @@ def test_all_or_nothing(monkeypatch):
     assert state(model) == before
 
 
-@pytest.mark.parametrize("installed", ["0.39.1", "0.44.0.dev0", "1.0"])
+@pytest.mark.parametrize("installed", ["0.39.1", "0.44.0.dev0", "1.0", "1.dev0"])
 def test_other_versions_are_refused(monkeypatch, installed):
     monkeypatch.setattr(versions, "version", lambda name: installed)
     takers = integration.apply, integration.restore, integration.report

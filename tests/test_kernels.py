@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from crossattn_kernels import Mask, cross_attention, dropout, kernels, tuning
+from crossattn_kernels import Mask, cross_attention, cross_attention_chunked, dropout, kernels, tuning
 from crossattn_kernels.kernels import launch
 from crossattn_kernels.kernels.softmax import kept, tanh
 from crossattn_kernels.kernels.views import Dropout, Logits, MaskView, View
@@ -177,6 +177,27 @@ def test_large_and_negative_logits(backend):
     y, lse = cross_attention(q, k, call.tensors["v"], scale=1.0, return_lse=True, backend=backend)
     torch.testing.assert_close(y, call.tensors["v"].mean(2, keepdim=True).expand_as(y))
     torch.testing.assert_close(lse, torch.full_like(lse, -60 * 16 + math.log(SMALL.N)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ranges_may_reach_beyond_the_keys(backend, dtype):
+    """Any integer is a bound: below 0 is the first key, beyond N the last."""
+    call, (low, high) = draw(SMALL), (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    rows = torch.arange(SMALL.M)
+    start, end = (rows % 7 * 3).to(dtype), SMALL.N - (rows % 5 * 4).to(dtype)
+    far = Mask(torch.where(start == 0, low, start)[None, None], torch.where(end == SMALL.N, high, end)[None, None])
+    backwards = Mask(torch.where(rows == 1, high, far.start), torch.where(rows == 1, low, far.end))
+    near = Mask(torch.where(rows == 1, 1, start[None, None]), torch.where(rows == 1, 0, end[None, None]))
+    wanted = run(call._replace(mask=near), backend)
+    for name, result in run(call._replace(mask=backwards), backend).items():
+        assert torch.equal(result, wanted[name]), name
+    k, v = (call.tensors[n] for n in "kv")
+    y = cross_attention(call.tensors["q"], k, v, near, backend=backend)
+    if backend != "reference":
+        chunks = [(k[:, :, :20], v[:, :, :20]), (k[:, :, 20:], v[:, :, 20:])]
+        chunked = cross_attention_chunked(call.tensors["q"], chunks, mask=backwards, backend=backend)
+        torch.testing.assert_close(chunked, y)
 
 
 def test_grids_are_one_dimensional(monkeypatch):

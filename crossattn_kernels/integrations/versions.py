@@ -16,6 +16,8 @@ def check(library: str, first: str, last: str) -> None:
         raise ImportError(f"this needs {supported}, but {installed} is installed")
 
 
-def _release(text: str) -> tuple[int, ...]:
-    """The first two numbers of a version: (5, 23) of "5.23.0.dev0"."""
-    return tuple(int(part) for part in text.split(".")[:2])
+def _release(text: str) -> tuple[int, int]:
+    """(major, minor) of a version: (5, 23) of "5.23.0.dev0"."""
+    from packaging.version import Version  # the libraries in question bring it
+
+    return Version(text).major, Version(text).minor

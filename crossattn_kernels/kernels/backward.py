@@ -334,9 +334,10 @@ class Backward:
         x = self.x
         found: dict[str, Tensor | None] = dict(q=self.folded(sums.dq, x.q, "q"))
         if sums.gate is not None:
-            found["gate"] = self.through_tanh(sums.gate.unflatten(0, (-1, x.sizes[0])).double().sum(0)[..., None])
+            found["gate"] = self.through_tanh(sums.gate.unflatten(0, (-1, x.sizes[0]))[..., None])
         if sums.scale is not None and x.scale is not None:
-            dsx, ds, px = sums.scale.unflatten(0, (-1, x.sizes[0])).double().sum(0).unbind(1)  # (B, Hq, M)
+            parts = sums.scale.unflatten(0, (-1, x.sizes[0]))
+            dsx, ds, px = parts.sum(0, dtype=torch.float64).unbind(1)  # (B, Hq, M)
             error = (0 if self.dlse is None else self.dlse) - ds
             found["scale"] = (dsx + error * px).sum(-1).sum_to_size(x.scale.shape)
         return found
@@ -355,11 +356,13 @@ class Backward:
         return whole
 
     def through_tanh(self, dt: Tensor) -> Tensor:
-        """Gradient of the raw gate from that of its tanh, reduced to the gate's shape."""
-        return (1 - self.gate * self.gate) * dt.double().sum_to_size(self.gate.shape)
+        """Gradient of the raw gate from parts (parts, B, Hq, M, Dv or 1) of that of its tanh: summed, in fp64."""
+        shared = [axis + 1 for axis, n in enumerate(self.gate.shape) if n == 1]
+        total = dt.sum([0, *shared], keepdim=True, dtype=torch.float64)[0]
+        return torch.ops.aten.tanh_backward(total, self.gate.double())
 
     def dgate_by_channel(self) -> Tensor:
-        return self.through_tanh(self.dy.float() * self.o)
+        return self.through_tanh((self.dy.float() * self.o)[None])
 
 
 def sums_view(dq: Tensor | None, gate: Tensor | None, scale: Tensor | None) -> QuerySums:

@@ -163,7 +163,7 @@ def row_range(mask, b, h, rows, M, N):
     """[start, end) of every query of a tile; [N, 0) of one that sees nothing."""
     start, end = tl.zeros_like(rows), tl.zeros_like(rows) + N
     if mask.start is not None:
-        start = load_vec(mask.start, b, h, rows, M, 0)
+        start = tl.maximum(start, load_vec(mask.start, b, h, rows, M, 0))
     if mask.end is not None:
         end = tl.minimum(end, load_vec(mask.end, b, h, rows, M, 0))
     some = start < end
