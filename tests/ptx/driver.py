@@ -1,0 +1,106 @@
+"""A driver of Triton whose device is the machine: kernels are compiled to PTX, and their launches are executed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from triton import knobs
+
+from crossattn_kernels import kernels
+from crossattn_kernels.aot import target
+from tests.ptx.machine import Machine
+from tests.ptx.memory import Global
+from tests.ptx.parse import parse
+
+
+class Binaries(target.Binaries):
+    """Loads PTX: the handle of a function is its machine."""
+
+    def __init__(self, **options: bool) -> None:
+        self.options = options
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        return "module", Machine(parse(binary.decode()), shared, **self.options), 0, 0, 1024
+
+
+class Launch:
+    """Runs the programs of a launch in a shuffled order, which must not matter."""
+
+    executed: list[str] = []  # kernels, in the order of their launches
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.signature = tuple(source.signature.values())
+        if metadata.global_scratch_size or metadata.num_ctas != 1:
+            raise NotImplementedError("descriptors and clusters")
+
+    def __call__(self, x: int, y: int, z: int, stream: int, machine: Machine, *rest: Any) -> None:
+        assert y == z == 1
+        values = list(flat(self.signature, rest[4:]))  # after the metadata and the hooks
+        scratch = [("u64", None)] * 2  # of the whole grid and of the profiler, which nothing here uses
+        params = [*values, *scratch]
+        assert len(params) == len(machine.params), f"{len(params)} arguments for {len(machine.params)} parameters"
+        for (kind, value), held, declared in zip(params, machine.params.values(), machine.entry.params.values()):
+            _put(held, kind, value, declared)
+        memory = Global(value for _, value in values if isinstance(value, torch.Tensor))
+        Launch.executed.append(machine.entry.name)
+        order = list(range(x))
+        random.Random(x).shuffle(order)
+        for program in order:
+            machine.run(program, x, memory)
+
+
+def flat(signature: tuple[Any, ...], args: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    """(type, value) of the arguments that a kernel has: what is constant, such as None and 1, is compiled in."""
+    for kind, arg in zip(signature, args, strict=True):
+        if isinstance(kind, tuple):
+            yield from flat(kind, arg)
+        elif kind != "constexpr":
+            yield kind, arg
+
+
+def _put(held: Any, kind: str, value: Any, declared: str) -> None:
+    """A parameter's bits, of a width that the kernel declares."""
+    if isinstance(value, torch.Tensor):
+        kind, value = "u64", value.data_ptr()
+    elif value is None:
+        kind, value = "u64", 0
+    elif kind[0] == "*":
+        raise NotImplementedError(f"a pointer given as {type(value).__name__}")
+    width = {"i1": 8, "u1": 8}.get(kind) or int(kind.lstrip("iufp"))
+    # a narrow integer is declared as wide as the ABI makes it
+    assert width <= int(declared[1:]), f"{kind} for a parameter of type {declared}"
+    held[0] = 0
+    if kind in ("fp32", "f32"):
+        held.view(np.float32)[0] = value
+    elif kind[0] in "iu":
+        held[0] = int(value) % 2**64
+    else:
+        raise NotImplementedError(f"an argument of type {kind}")
+
+
+def _ptx_is_the_binary(*found: Any) -> tuple[str, str] | None:
+    """Triton's hook on its stages: nothing assembles PTX; what is cached is kept apart from what is assembled."""
+    if not found:
+        return "ptx", "ptx"
+    found[1]["cubin"] = lambda ptx, metadata: ptx.encode()
+    return None
+
+
+@contextmanager
+def executing(arch: str, races: bool = True, eager: bool = False) -> Iterator[list[str]]:
+    """Within it, kernels of CPU tensors are compiled for `arch` and executed; yields the names of those that were."""
+    Launch.executed.clear()
+    with target.standing_in(arch):
+        target.driver.active.launcher_cls = Launch
+        target.driver.active.utils = Binaries(races=races, eager=eager)
+        with (
+            mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _ptx_is_the_binary),
+            mock.patch.object(kernels, "unsupported", lambda problem: ()),
+        ):
+            yield Launch.executed
