@@ -1,0 +1,79 @@
+"""`python -m tests.ptx --arch sm_90 -k two-pass bfloat16`: every schedule and feature as compiled code, against fp64.
+
+A line a case: its largest share of a budget, the kernels that ran, seconds.  Exit status 1 if any is over its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from crossattn_kernels.testing import FEATURES, PLAIN, SIZES, Case, check, poisoned
+from tests.ptx.driver import executing
+
+# sizes that make `plan` choose a schedule, with some tiles and a part of one
+SCHEDULES = {
+    "two-pass": dict(M=140, N=270),
+    "short keys": dict(M=150, N=77),
+    "short queries": dict(M=16, N=300),
+    "split": dict(B=1, M=16, N=1000),
+    "packed decode": dict(B=1, Hq=8, Hk=2, M=1, N=1000),
+    "split queries": dict(B=1, M=300, N=1000),
+}
+WIDE = [replace(PLAIN, name=f"wide {d}", B=1, Hq=2, Hk=1, M=140, N=270, D=d) for d in (32, 72, 96, 128, 256)]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """Names and cases; `schedule feature-dtype`."""
+    for dtype in DTYPES:
+        for schedule, sizes in SCHEDULES.items():
+            for case in FEATURES:
+                refused = schedule == "short keys" and (case.share or "").startswith("q")
+                if not refused and (schedule != "split queries" or case.name in ("plain", "everything")):
+                    case = replace(case, **{"Hq": 2, "Hk": 1, "D": 64, "dtype": dtype, **sizes})
+                    yield f"{schedule}, {case}", case
+        for case in [*WIDE, *SIZES]:
+            case = replace(case, dtype=dtype)
+            yield f"size, {case}", case
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", default="sm_90", choices=("sm_80", "sm_90"))
+    parser.add_argument("-k", nargs="*", default=[], help="only cases whose names contain all of these")
+    parser.add_argument("--no-races", action="store_true", help="do not look for races in shared memory")
+    parser.add_argument("--eager", action="store_true", help="what is asynchronous on Hopper happens at once")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    failed = 0
+    chosen = [(name, case) for name, case in cases() if all(part in name for part in options.k)]
+    for name, case in chosen:
+        began = time.perf_counter()
+        with poisoned(), executing(options.arch, not options.no_races, options.eager) as executed:
+            try:
+                rows = check(case, "triton")
+                ok = all(row.ok for row in rows)
+                worst = max(rows, key=lambda r: r.error / r.budget if r.budget else float(r.error != 0))
+                found = (
+                    f"{worst.error / worst.budget if worst.budget else worst.error:5.2f} of the budget ({worst.name})"
+                )
+            except Exception as error:  # a report of all cases is worth more than the first failure
+                ok, found = False, f"{type(error).__name__}: {error}"
+            kernels = ", ".join(dict.fromkeys(executed))
+        failed += not ok
+        print(
+            f"{'ok    ' if ok else 'FAILED'} {name}: {found}; {kernels}; {time.perf_counter() - began:.1f} s",
+            flush=True,
+        )
+    print(f"{failed} of {len(chosen)} failed for {options.arch}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
