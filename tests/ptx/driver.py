@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -22,20 +23,20 @@ from tests.ptx.parse import parse
 class Binaries(target.Binaries):
     """Loads PTX: the handle of a function is its machine."""
 
-    def __init__(self, **options: bool) -> None:
-        self.options = options
+    def __init__(self, edit: Callable[[str], str], options: dict[str, bool]) -> None:
+        self.edit, self.options = edit, options
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        return "module", Machine(parse(binary.decode()), shared, **self.options), 0, 0, 1024
+        machine = Machine(parse(self.edit(binary.decode())), shared, **self.options)
+        return "module", machine, 0, 0, 1024  # registers, spills, threads a program may have
 
 
 class Launch:
     """Runs the programs of a launch in a shuffled order, which must not matter."""
 
-    executed: list[str] = []  # kernels, in the order of their launches
-
-    def __init__(self, source: Any, metadata: Any) -> None:
+    def __init__(self, source: Any, metadata: Any, executed: list[str], seed: int) -> None:
         self.signature = tuple(source.signature.values())
+        self.executed, self.seed = executed, seed
         if metadata.global_scratch_size or metadata.num_ctas != 1:
             raise NotImplementedError("descriptors and clusters")
 
@@ -48,9 +49,9 @@ class Launch:
         for (kind, value), held, declared in zip(params, machine.params.values(), machine.entry.params.values()):
             _put(held, kind, value, declared)
         memory = Global(value for _, value in values if isinstance(value, torch.Tensor))
-        Launch.executed.append(machine.entry.name)
+        self.executed.append(machine.entry.name)
         order = list(range(x))
-        random.Random(x).shuffle(order)
+        random.Random(self.seed).shuffle(order)
         for program in order:
             machine.run(program, x, memory)
 
@@ -93,14 +94,24 @@ def _ptx_is_the_binary(*found: Any) -> tuple[str, str] | None:
 
 
 @contextmanager
-def executing(arch: str, races: bool = True, eager: bool = False) -> Iterator[list[str]]:
-    """Within it, kernels of CPU tensors are compiled for `arch` and executed; yields the names of those that were."""
-    Launch.executed.clear()
+def executing(
+    arch: str,
+    races: bool = True,
+    eager: bool = False,
+    seed: int = 0,
+    edit: Callable[[str], str] = str,
+) -> Iterator[list[str]]:
+    """Within it, kernels of CPU tensors are compiled for `arch` and executed; yields the names of those that were.
+
+    races, eager: of `Shared` and of `Products`; seed: of the order of programs; edit: what to change of the PTX.
+    """
+    executed: list[str] = []
     with target.standing_in(arch):
-        target.driver.active.launcher_cls = Launch
-        target.driver.active.utils = Binaries(races=races, eager=eager)
+        stand_in = target.driver.active
+        stand_in.launcher_cls = partial(Launch, executed=executed, seed=seed)
+        stand_in.utils = Binaries(edit, dict(races=races, eager=eager))
         with (
             mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _ptx_is_the_binary),
             mock.patch.object(kernels, "unsupported", lambda problem: ()),
         ):
-            yield Launch.executed
+            yield executed

@@ -111,8 +111,9 @@ class Machine:
         if name in self.places:
             file, i = self.places[name]
             register = self.files[file][i]
-            width = TYPES[kind].bits // 8
-            return register.view(TYPES[kind].raw)[:: max(1, register.itemsize // width)]
+            wider = register.itemsize // (TYPES[kind].bits // 8)
+            assert wider, f"{name} is narrower than {kind}"
+            return register.view(TYPES[kind].raw)[::wider]
         specials = {
             **{f"%tid.{axis}": self.lanes * (axis == "x") for axis in "xyz"},
             **{f"%ctaid.{axis}": self.block_of_grid[i : i + 1] for i, axis in enumerate("xyz")},

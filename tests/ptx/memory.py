@@ -121,7 +121,9 @@ class Shared:
         wrong = (addresses < 0) | (addresses + size * count > self.size)
         if wrong.any():
             i = int(np.argmax(wrong))
-            raise AssertionError(f"thread {lanes[i]}: shared address {addresses[i]} of {self.size}")
+            raise AssertionError(
+                f"thread {lanes[i]}: {size * count} bytes at shared address {addresses[i]} of {self.size}"
+            )
         aligned(lanes, addresses, size * count)
         return (addresses // size)[:, None] + np.arange(count)
 

@@ -36,7 +36,7 @@ class Entry:
 
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*(?:\.reqntid\s+(\d+)|\.maxntid\s+(\d+)|[.\w\s,]*?)\s*\{", re.S)
 PARAM = re.compile(r"\.param\s+\.(\w+)\s+(?:\.ptr\s+\.global\s+)?(?:\.align\s+\d+\s+)?([\w$]+)")
-PIECE = re.compile(r"\.loc[^\n]*|[$\w]+:(?!:)|[^;{}\n]*(?:\{[^{}]*\}[^;{}]*)*;|[{}]")
+PIECE = re.compile(r"\.loc[^\n]*|[$\w]+:(?!:)|[@.a-z][^;{}]*(?:\{[^{};]*\}[^;{}]*)*;|[{}]")
 GUARDED = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 NAME = re.compile(r"%?[A-Za-z_$][\w$]*")
 
