@@ -1,7 +1,7 @@
 """What one thread computes: types, operations and conversions, each over an array of threads.
 
 Results are rounded once from a wider format: approximations (ex2, lg2, div.full, ...) are better here than on a chip,
-and `fma` rounds twice, from the exact product's fp64 sum to fp32.
+and `fma` rounds twice: its sum to a wider format, then to its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Type(NamedTuple):
 
     @property
     def bits(self) -> int:
-        return 8 * np.dtype(self.raw).itemsize
+        return 8 * int(np.dtype(self.raw).itemsize)
 
 
 class Operation(NamedTuple):
@@ -97,7 +97,8 @@ def flushing(compute: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    return (a.astype(np.float64) * b + c).astype(np.float32)
+    wide, to = (np.longdouble, a.dtype) if a.dtype == np.float64 else (np.float64, np.float32)
+    return (a.astype(wide) * b + c).astype(to)
 
 
 def in_fp64(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,14 +140,17 @@ def comparison(name: str, kind: str) -> Callable[..., Any]:
     return lambda a, b: COMPARISONS[name](a, b) & ~np.isnan(a) & ~np.isnan(b)
 
 
-BOTH = {"add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-        "min": np.fmin, "max": np.fmax}  # fmt: skip
+Function = Callable[..., Any]
+BOTH: dict[str, Function] = {"add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or,
+                             "xor": np.bitwise_xor, "min": np.fmin, "max": np.fmax}  # fmt: skip
 SHIFTS = dict(shl=np.left_shift, shr=np.right_shift)
 LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
-ONE = {"abs": np.abs, "neg": np.negative, "not": np.invert, "mov": lambda x: x,
-       "popc": np.bitwise_count}  # fmt: skip
-APPROXIMATE = {"ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt, "tanh": np.tanh,
-               "rsqrt": lambda x: 1 / np.sqrt(x), "sin": np.sin, "cos": np.cos}  # fmt: skip
+ONE: dict[str, Function] = {"abs": np.abs, "neg": np.negative, "not": np.invert, "mov": np.asarray,
+                            "popc": np.bitwise_count}  # fmt: skip
+APPROXIMATE: dict[str, Function] = dict(
+    ex2=np.exp2, lg2=np.log2, rcp=np.reciprocal, sqrt=np.sqrt, rsqrt=lambda x: 1 / np.sqrt(x), tanh=np.tanh, sin=np.sin,
+    cos=np.cos,
+)  # fmt: skip
 FLOATS = ("f16", "f32", "f64", "bf16", "bf16x2", "f16x2")
 
 
@@ -188,7 +192,7 @@ def _found(name: str, words: list[str], kind: str) -> Operation | None:
             return Operation(lambda a, b, c: a * b + c, kind, (kind,) * 3)
         case "mad" if "wide" in words and kind in ("s32", "u32"):
             return Operation(lambda a, b, c: np.multiply(a, b, dtype=raw) + c, wide, (*both, wide))
-        case "fma" if kind != "f64":
+        case "fma" if real:
             return Operation(fma, kind, (kind,) * 3)
         case "div":
             return Operation(np.divide if real else quotient, kind, both)
@@ -230,15 +234,14 @@ def _conversion(opcode: str, to: str, kind: str, modifiers: set[str]) -> Operati
     if not {to, kind} <= set(TYPES) or modifiers - whole - {"rn"} or to_integer and not whole:
         raise NotImplementedError(opcode)
     rounded = TO_WHOLE[whole.pop()] if whole else None
-    if to_integer:
-        limits = np.iinfo(TYPES[to].raw)
-
-        def saturated(x: Any) -> Any:
-            inside = np.clip(rounded(np.nan_to_num(x.astype(np.float64), nan=0.0)), limits.min, limits.max)
-            return inside.astype(TYPES[to].raw)
-
-        return Operation(saturated, to, (kind,))
+    if rounded and to_integer:
+        return Operation(lambda x: _saturated(rounded(x.astype(np.float64)), TYPES[to].raw), to, (kind,))
     if rounded:
         return Operation(rounded, to, (kind,))
     target = np.float32 if TYPES[to].narrow else TYPES[to].raw
     return Operation(lambda x: x.astype(target), to, (kind,))
+
+
+def _saturated(x: Any, raw: Any) -> Any:
+    """Into the range of an integer; NaN is 0."""
+    return np.clip(np.nan_to_num(x, nan=0.0), np.iinfo(raw).min, np.iinfo(raw).max).astype(raw)

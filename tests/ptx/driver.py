@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 from triton import knobs
+from triton.runtime.driver import driver
 
 from crossattn_kernels import kernels
 from crossattn_kernels.aot import target
@@ -107,7 +108,7 @@ def executing(
     """
     executed: list[str] = []
     with target.standing_in(arch):
-        stand_in = target.driver.active
+        stand_in = driver.active
         stand_in.launcher_cls = partial(Launch, executed=executed, seed=seed)
         stand_in.utils = Binaries(edit, dict(races=races, eager=eager))
         with (

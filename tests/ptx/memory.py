@@ -55,7 +55,6 @@ class Global:
         return SPACE[: SPACE.size // width * width].view(UNSIGNED[size]).reshape(-1, count)
 
     def _rows(self, lanes: Any, addresses: Any, width: int) -> Any:
-        addresses = addresses.astype(np.int64)
         at = np.searchsorted(self.starts, addresses, "right") - 1
         wrong = (at < 1) | (addresses + width > self.ends[at])
         if wrong.any():
@@ -117,7 +116,6 @@ class Shared:
         self.touch(lanes, addresses, size * count, write=True, same=np.repeat(before == values, size, 1))
 
     def _elements(self, lanes: Any, addresses: Any, size: int, count: int) -> Any:
-        addresses = addresses.astype(np.int64)
         wrong = (addresses < 0) | (addresses + size * count > self.size)
         if wrong.any():
             i = int(np.argmax(wrong))
@@ -135,7 +133,7 @@ class Shared:
         """Count an access of some threads; as `count`."""
         if not self.races:
             return None
-        at = addresses.astype(np.int64)[:, None] + np.arange(width)
+        at = addresses[:, None] + np.arange(width)
         by = np.broadcast_to((np.uint32(1) << (lanes // 32).astype(np.uint32))[:, None], at.shape)
         return self.count(at, by, write, hold, same)
 

@@ -92,7 +92,7 @@ def product(kind: str) -> Callable[[Any, Any, Any], Any]:
 
 def _at(addresses: Any, count: int, transposed: bool) -> Any:
     """(warp, lane, matrix, part): the address of every element; lanes 8i ... 8i + 7 hold those of matrix i's rows."""
-    rows = addresses.astype(np.int64).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
+    rows = addresses.reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
     line, part = (2 * MEMBER + np.arange(2), GROUP) if transposed else (GROUP, 2 * MEMBER + np.arange(2))
     line, part = np.broadcast_arrays(line, part)  # (lane, 1, part)
     return rows[:, np.arange(count)[:, None], line] + 2 * part
