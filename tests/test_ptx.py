@@ -111,6 +111,7 @@ def test_comparisons_know_nan(name):
         ("bfe.u32 %d0, %a0, 4, 3", lambda a, b: a >> 4 & 7),
         ("prmt.b32 %d0, %a0, %a1, 0x7410U", lambda a, b: a & 0xFFFF | (b & 255) << 16 | (b >> 24 & 255) << 24),
         ("prmt.b32 %d0, %a0, %a1, 0x8888U", lambda a, b: -(a >> 7 & 1)),
+        ("min.relu.s32 %d0, %a0, %a1", lambda a, b: max(0, min(a, b))),
         ("min.u32 %d0, %a0, %a1", lambda a, b: min(a % 2**32, b % 2**32)),
     ],
 )
@@ -185,7 +186,8 @@ def test_a_barrier_that_some_do_not_reach():
 
 
 @pytest.mark.parametrize(
-    "instruction", ["atom.global.add.u32 %d0, [%x1], 1", "add.sat.s32 %d0, %a0, 1", "sin.f64 %x1, %x2"]
+    "instruction",
+    ["atom.global.add.u32 %d0, [%x1], 1", "add.sat.s32 %d0, %a0, 1", "add.relu.s32 %d0, %a0, 1", "sin.f64 %x1, %x2"],
 )
 def test_what_is_unknown_is_refused_by_name(instruction):
     with pytest.raises(NotImplementedError, match=instruction.partition(" ")[0]):

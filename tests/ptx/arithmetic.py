@@ -151,6 +151,7 @@ APPROXIMATE: dict[str, Function] = dict(
     ex2=np.exp2, lg2=np.log2, rcp=np.reciprocal, sqrt=np.sqrt, rsqrt=lambda x: 1 / np.sqrt(x), tanh=np.tanh, sin=np.sin,
     cos=np.cos,
 )  # fmt: skip
+WORDS = {"mul": {"lo", "hi", "wide"}, "mad": {"lo", "wide"}, "min": {"relu", "NaN"}, "max": {"relu", "NaN"}}
 FLOATS = ("f16", "f32", "f64", "bf16", "bf16x2", "f16x2")
 
 
@@ -161,7 +162,7 @@ def operation(opcode: str) -> Operation:
     if name == "cvt":
         return _conversion(opcode, words[-1] if words else "", kind, set(words[:-1]))
     found = _found(name, words, kind)
-    known = {"ftz", *(("rn", "approx", "full", "NaN") if kind in FLOATS else ("lo", "hi", "wide"))}
+    known = WORDS.get(name, set()) | ({"ftz", "rn", "approx", "full"} if kind in FLOATS else set())
     if found is None or kind not in TYPES or name != "setp" and not modifiers <= known:
         raise NotImplementedError(opcode)
     return found._replace(compute=flushing(found.compute)) if "ftz" in modifiers and name != "setp" else found
@@ -174,6 +175,8 @@ def _found(name: str, words: list[str], kind: str) -> Operation | None:
     match name:
         case "min" | "max" if "NaN" in words:
             return Operation(np.minimum if name == "min" else np.maximum, kind, both)
+        case "min" | "max" if "relu" in words:
+            return Operation(lambda a, b: np.maximum(BOTH[name](a, b), 0), kind, both)
         case _ if name in BOTH:
             return Operation(BOTH[name], kind, both)
         case _ if name in SHIFTS:

@@ -34,9 +34,9 @@ class Global:
                 spans[-1][1] = max(end, spans[-1][1])
             else:
                 spans.append([start, end])
-        self.starts, self.ends = (
-            (np.array([0, *column], np.int64) for column in zip(*spans)) if spans else (SPACE[:0],) * 2
-        )
+        # the first belongs to nobody, so that no address is before all
+        bounds = np.array([[0, 0], *spans], np.int64)
+        self.starts, self.ends = bounds[:, 0].copy(), bounds[:, 1].copy()
 
     def load(self, lanes: Any, addresses: Any, size: int, count: int = 1) -> Any:
         """`count` elements of `size` bytes a lane."""

@@ -170,7 +170,7 @@ def redux(m: Machine, x: Instruction, words: list[str]) -> Step:
     _, name, kind = words
     to, source, _ = x.operands
     put, values = m.write(str(to), kind), m.read(str(source), kind)
-    reduce = {**arithmetic.BOTH, "min": np.minimum, "max": np.maximum}[name].reduce
+    reduce: Callable[..., Any] = dict(min=np.min, max=np.max, add=np.sum)[name]
 
     def run(mask: Any) -> None:
         if mask is not None:

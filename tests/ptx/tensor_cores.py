@@ -167,18 +167,16 @@ class Products:
             self.sums[to] = self.registers[list(to)]
             self.registers[list(to)] = POISON << 16 | POISON
         c_of, a_of = sums(N), left(size)
+        adds = add.reshape(-1, 128)[:, :1, None].copy()
 
         def run() -> None:
-            x, y = (
-                None if p is None else elements(kind, self.shared.views[size][p // size]).reshape(p.shape)
-                for p in places
-            )
-            if x is None:
-                x = a_of.matrices(elements(kind, self.registers[list(a)][..., None]))
-                x = x.reshape(-1, 64, 32 // size)
+            if places[0] is None:
+                x = a_of.matrices(elements(kind, self.registers[list(a)][..., None])).reshape(-1, 64, 32 // size)
+            else:
+                x = self._elements(kind, places[0])
+            y = self._elements(kind, places[1])
             c = c_of.matrices(self.sums[to].view(np.float32)[..., None]).reshape(-1, 64, N)
-            c = np.where(add.reshape(-1, 128)[:, :1, None], c, 0)
-            total = x @ y.transpose(0, 2, 1) + c
+            total = x @ y.transpose(0, 2, 1) + np.where(adds, c, 0)
             by_warp = total.reshape(-1, 16, N).astype(np.float32)
             self.sums[to] = np.ascontiguousarray(c_of.registers(by_warp)).view(np.uint32)
             for h in held:
