@@ -11,10 +11,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
+from crossattn_kernels.aot import Call, calls, sweep
+from crossattn_kernels.problem import Problem, canonical
 from crossattn_kernels.testing import FEATURES, SIZES, Case, check, poisoned
+from crossattn_kernels.tuning import assumed, force, plan, rules
 from tests.ptx.driver import executing
 
 # sizes that make `plan` choose a schedule, with some tiles and a part of one
@@ -36,18 +40,41 @@ WIDE = [
 SOME = ("plain", "mask all fields", "dropout", "everything", "everything by channel")
 
 
-def cases() -> Iterator[tuple[str, Case]]:
-    """Names and cases; `schedule, feature-dtype`."""
+# the battery's names of what the compiler's sweep calls otherwise
+KINDS = {
+    "plain": "plain", "ranges": "mask ranges", "keys": "mask padding", "blocks": "mask blocks",
+    "bias": "bias (0, 1, 1, 1)", "row gate": "gate head", "channel gate": "gate channel", "everything": "everything",
+}  # fmt: skip
+KERNELS = {"two-pass": ("dq", "dkv"), "short keys": ("dkv",), "short queries": ("short_queries",)}
+
+
+def cases(arch: str) -> Iterator[tuple[str, Case, dict[str, Any]]]:
+    """Names, cases, and what is forced of the plan: `schedule, feature-dtype`."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for schedule, sizes in SCHEDULES.items():
             few = dtype != torch.bfloat16 or schedule == "split queries"
             for case in FEATURES:
                 if not few or case.name in SOME:
                     case = replace(case, dtype=dtype, D=64, **{"Hq": 2, "Hk": 1, **sizes})
-                    yield f"{schedule}, {case}", case
+                    yield f"{schedule}, {case}", case, {}
         for case in [*WIDE, *SIZES]:
             case = replace(case, dtype=dtype)
-            yield f"size, {case}", case
+            yield f"size, {case}", case, {}
+    for call in sweep():
+        yield f"sweep, {call}", *_swept(call, arch)
+
+
+def _swept(call: Call, arch: str) -> tuple[Case, dict[str, Any]]:
+    """A call of the compiler's sweep in small, with the tiles and the splits that it has in full."""
+    shape, (q, k, v), rest = calls.arguments(call)
+    with assumed(arch):
+        full = plan(Problem.of(*canonical(q, k, v, **rest)))
+    case = replace(
+        next(c for c in FEATURES if c.name == KINDS[call.kind]), B=1, Hq=2 * shape.Hq // shape.Hk, Hk=2, D=shape.D,
+        M=min(shape.M, 140), N=min(shape.N, 270), layout="bshd", dtype=calls.DTYPES[call.dtype],
+    )  # fmt: skip
+    forced = ("backward_schedule", "forward", "bias_grad", *KERNELS[full.backward_schedule])
+    return case, {field: getattr(full, field) for field in forced}
 
 
 def main() -> int:
@@ -59,10 +86,16 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     failed = 0
-    chosen = [(name, case) for name, case in cases() if any(part in name for part in options.names)]
-    for name, case in chosen:
+    chosen = [c for c in cases(options.arch) if any(part in c[0] for part in options.names)]
+    for name, case, forced in chosen:
         began = time.perf_counter()
-        with poisoned(), executing(options.arch, not options.no_races, options.eager) as executed:
+        with (
+            poisoned(),
+            # its estimate refuses tiles that the tables hold and that fit: what Triton allocates is checked here
+            mock.patch.object(rules, "check_fit"),
+            force(**forced),
+            executing(options.arch, not options.no_races, options.eager) as executed,
+        ):
             try:
                 rows = check(case, "triton")
                 ok = all(row.ok for row in rows)

@@ -16,6 +16,7 @@ from triton.runtime.driver import driver
 
 from crossattn_kernels import kernels
 from crossattn_kernels.aot import target
+from crossattn_kernels.tuning import CHIPS
 from tests.ptx.machine import Machine
 from tests.ptx.memory import Global
 from tests.ptx.parse import parse
@@ -24,8 +25,11 @@ from tests.ptx.parse import parse
 class Binaries(target.Binaries):
     """Loads PTX: the handle of a function is its machine."""
 
-    def __init__(self, edit: Callable[[str], str], options: dict[str, bool]) -> None:
-        self.edit, self.options = edit, options
+    def __init__(self, arch: str, edit: Callable[[str], str], options: dict[str, bool]) -> None:
+        self.shared, self.edit, self.options = CHIPS[arch].shared, edit, options
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return dict(max_shared_mem=self.shared)
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         machine = Machine(parse(self.edit(binary.decode())), shared, **self.options)
@@ -110,7 +114,7 @@ def executing(
     with target.standing_in(arch):
         stand_in = driver.active
         stand_in.launcher_cls = partial(Launch, executed=executed, seed=seed)
-        stand_in.utils = Binaries(edit, dict(races=races, eager=eager))
+        stand_in.utils = Binaries(arch, edit, dict(races=races, eager=eager))
         with (
             mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _ptx_is_the_binary),
             mock.patch.object(kernels, "unsupported", lambda problem: ()),
