@@ -145,8 +145,7 @@ BOTH: dict[str, Function] = {"add": np.add, "sub": np.subtract, "and": np.bitwis
                              "xor": np.bitwise_xor, "min": np.fmin, "max": np.fmax}  # fmt: skip
 SHIFTS = dict(shl=np.left_shift, shr=np.right_shift)
 LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
-ONE: dict[str, Function] = {"abs": np.abs, "neg": np.negative, "not": np.invert, "mov": np.asarray,
-                            "popc": np.bitwise_count}  # fmt: skip
+ONE: dict[str, Function] = {"abs": np.abs, "neg": np.negative, "not": np.invert, "mov": np.asarray}
 APPROXIMATE: dict[str, Function] = dict(
     ex2=np.exp2, lg2=np.log2, rcp=np.reciprocal, sqrt=np.sqrt, rsqrt=lambda x: 1 / np.sqrt(x), tanh=np.tanh, sin=np.sin,
     cos=np.cos,

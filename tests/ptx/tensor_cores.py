@@ -90,34 +90,32 @@ def product(kind: str) -> Callable[[Any, Any, Any], Any]:
 # ---- 8 x 8 matrices of 2-byte elements between shared memory and registers ----
 
 
-def _at(addresses: Any, count: int, transposed: bool) -> Any:
-    """(warp, lane, matrix, part): the address of every element; lanes 8i ... 8i + 7 hold those of matrix i's rows."""
-    rows = addresses.reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
-    line, part = (2 * MEMBER + np.arange(2), GROUP) if transposed else (GROUP, 2 * MEMBER + np.arange(2))
-    line, part = np.broadcast_arrays(line, part)  # (lane, 1, part)
-    return rows[:, np.arange(count)[:, None], line] + 2 * part
+def _spread(transposed: bool) -> Any:
+    """(lane, part): row and column of the two elements that a lane holds of each matrix."""
+    near, far = GROUP[:, 0], 2 * MEMBER[:, 0] + np.arange(2)
+    return np.broadcast_arrays(*((far, near) if transposed else (near, far)))
 
 
-def _rows_touched(addresses: Any, count: int) -> Any:
+def _rows(addresses: Any, count: int) -> tuple[Any, Any]:
+    """Lanes 8i ... 8i + 7 of a warp name the rows of matrix i."""
     lanes = np.arange(addresses.size)
-    return lanes[lanes % 32 < 8 * count]
+    lanes = lanes[lanes % 32 < 8 * count]
+    return lanes, addresses[lanes]
 
 
 def load_matrices(shared: Shared, addresses: Any, count: int, transposed: bool) -> Any:
     """(register, thread)"""
-    lanes = _rows_touched(addresses, count)
-    shared.load(lanes, addresses[lanes], 2, 8)
-    found = shared.views[2][_at(addresses, count, transposed) // 2]
-    return np.ascontiguousarray(found).view(np.uint32)[..., 0].reshape(-1, count).T
+    matrices = shared.load(*_rows(addresses, count), 2, 8).reshape(-1, count, 8, 8)
+    pairs = np.ascontiguousarray(matrices[(..., *_spread(transposed))])
+    return pairs.view(np.uint32)[..., 0].transpose(1, 0, 2).reshape(count, -1)
 
 
 def store_matrices(shared: Shared, addresses: Any, registers: Any, transposed: bool) -> None:
     count = len(registers)
-    lanes = _rows_touched(addresses, count)
-    at = _at(addresses, count, transposed)
-    rows = np.ascontiguousarray(registers.T).view(np.uint16).reshape(at.shape)
-    shared.store(lanes, addresses[lanes], np.zeros((lanes.size, 8), np.uint16))  # checked and counted; then the values
-    shared.views[2][at // 2] = rows
+    pairs = np.ascontiguousarray(registers).view(np.uint16).reshape(count, -1, 32, 2)
+    matrices = np.empty((pairs.shape[1], count, 8, 8), np.uint16)
+    matrices[(..., *_spread(transposed))] = pairs.transpose(1, 0, 2, 3)
+    shared.store(*_rows(addresses, count), matrices.reshape(-1, 8))
 
 
 # ---- products that run beside the program (Hopper) ----
