@@ -205,6 +205,7 @@ def test_what_is_unknown_is_refused_by_name(instruction):
         ("@%p1 st.global.b32 [%x1+8], %d0", "thread 30: .* in no tensor, 4 past"),
         ("@!%p1 ld.global.v2.b32 {%d0, %d1}, [%x1]", "thread 1: 8 bytes at .* not a multiple"),
         ("st.global.b32 [%x4], %r0", "in no tensor"),
+        ("cp.async.ca.shared.global [%r1], [%x1+4], 4", "thread 31: .* in no tensor, 4 past"),
         ("st.shared.b32 [%r0+5117], %r0", "thread 0: 4 bytes at shared address 5117 of 5120"),
     ],
 )
@@ -414,6 +415,7 @@ def test_the_order_of_programs_and_of_what_is_asynchronous_does_not_matter(tmp_p
         ("sm_90", r"wgmma\.wait_group.*;", True, "a race"),
         ("sm_90", r"wgmma\.wait_group.*;", False, "NaN"),
         ("sm_90", r"fence\.proxy.*;", True, "without a fence"),
+        ("sm_90", r"wgmma\.fence.*;", True, "written after the last wgmma.fence"),
     ],
 )
 def test_what_is_left_out_of_a_kernel_is_missed(tmp_path, arch, left_out, races, said):

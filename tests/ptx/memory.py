@@ -38,8 +38,8 @@ class Global:
         bounds = np.array([[0, 0], *spans], np.int64)
         self.starts, self.ends = bounds[:, 0].copy(), bounds[:, 1].copy()
 
-    def load(self, lanes: Any, addresses: Any, size: int, count: int = 1) -> Any:
-        """`count` elements of `size` bytes a lane."""
+    def load(self, lanes: Any, addresses: Any, size: int, count: int) -> Any:
+        """(lane, element): `count` elements of `size` bytes a lane."""
         return self._elements(size, count)[self._rows(lanes, addresses, size * count)]
 
     def store(self, lanes: Any, addresses: Any, values: Any) -> None:
@@ -101,7 +101,7 @@ class Shared:
         self.unfenced[:] = False
         self.barrier()
 
-    def load(self, lanes: Any, addresses: Any, size: int, count: int = 1) -> Any:
+    def load(self, lanes: Any, addresses: Any, size: int, count: int) -> Any:
         at = self._elements(lanes, addresses, size, count)
         self.touch(lanes, addresses, size * count, write=False)
         return self.views[size][at]
@@ -127,15 +127,13 @@ class Shared:
 
     # ---- who touches what ----
 
-    def touch(
-        self, lanes: Any, addresses: Any, width: int, write: bool, hold: bool = False, same: Any = False
-    ) -> Any:  # fmt: skip
-        """Count an access of some threads; as `count`."""
+    def touch(self, lanes: Any, addresses: Any, width: int, write: bool, **how: Any) -> Any:
+        """An access of some threads; otherwise as `count`."""
         if not self.races:
             return None
         at = addresses[:, None] + np.arange(width)
         by = np.broadcast_to((np.uint32(1) << (lanes // 32).astype(np.uint32))[:, None], at.shape)
-        return self.count(at, by, write, hold, same)
+        return self.count(at, by, write, **how)
 
     def count(self, at: Any, by: Any, write: bool, hold: bool = False, same: Any = False) -> Any:
         """The bytes `at` are touched by the warps whose bits are set in `by`, until the next barrier or, with `hold`,
@@ -186,9 +184,11 @@ class Copies:
         wanted = np.broadcast_to(wanted, lanes.shape)
         if ((wanted != 0) & (wanted != width)).any():
             raise NotImplementedError("a copy of a part")
+        chosen = wanted != 0
+        self.memory.load(lanes[chosen], source[chosen], 4, width // 4)  # an address that is wrong is so at once
         self.shared.store(lanes, to, np.full((lanes.size, width // 2), POISON, np.uint16))
         held = self.shared.touch(lanes, to, width, write=True, hold=True)
-        self.open.append((lanes, to, source, width, wanted != 0, held))
+        self.open.append((lanes, to, source, width, chosen, held))
 
     def commit(self) -> None:
         self.groups.append(self.open)

@@ -170,7 +170,7 @@ def redux(m: Machine, x: Instruction, words: list[str]) -> Step:
     _, name, kind = words
     to, source, _ = x.operands
     put, values = m.write(str(to), kind), m.read(str(source), kind)
-    reduce: Callable[..., Any] = dict(min=np.min, max=np.max, add=np.sum)[name]
+    reduce: Any = dict(min=np.min, max=np.max, add=np.sum)[name]
 
     def run(mask: Any) -> None:
         if mask is not None:
@@ -248,7 +248,7 @@ def fence(m: Machine, x: Instruction, words: list[str]) -> Step:
 
 def wgmma(m: Machine, x: Instruction, words: list[str]) -> Step:
     if words[0] == "fence":
-        return lambda mask: None
+        return whole(lambda: m.products.fence())
     if words[0] == "commit_group":
         return whole(lambda: m.products.commit())
     if words[0] == "wait_group":

@@ -152,6 +152,7 @@ class Products:
         self.open: list[Any] = []
         self.groups: list[list[Any]] = []
         self.sums: dict[tuple[int, ...], Any] = {}  # of the products in flight
+        self.fenced: Any = None  # the registers at the last fence
 
     def issue(self, to: tuple[int, ...], a: Any, b: Any, kind: str, transposed: tuple[bool, bool], add: Any) -> None:
         """to: registers of the sums; a: registers, or descriptors of every thread as b."""
@@ -159,6 +160,7 @@ class Products:
         places = [None if isinstance(x, tuple) else self._places(x, rows, size, t)
                   for x, rows, t in zip((a, b), (64, N), transposed)]  # fmt: skip
         held = [self._held(p, size) for p in places if p is not None]
+        self._check_fence([*(() if to in self.sums else to), *(a if isinstance(a, tuple) else ())])
         if to not in self.sums:
             if any(set(to) & set(others) for others in self.sums):
                 raise NotImplementedError("products in flight share some of their registers")
@@ -208,6 +210,14 @@ class Products:
         by = np.broadcast_to((np.uint32(15) << (4 * np.arange(len(at), dtype=np.uint32)))[:, None], at.shape)
         return self.shared.count(at, by, write=False, hold=True)
 
+    def fence(self) -> None:
+        if self.shared.races:
+            self.fenced = self.registers.copy()
+
+    def _check_fence(self, rows: list[int]) -> None:
+        if self.shared.races and (self.fenced is None or (self.registers[rows] != self.fenced[rows]).any()):
+            raise AssertionError("registers of a product were written after the last wgmma.fence")
+
     def commit(self) -> None:
         self.groups.append(self.open)
         self.open = []
@@ -219,3 +229,5 @@ class Products:
         busy = {to for group in [*self.groups, self.open] for to, _ in group}
         for to in [to for to in self.sums if to not in busy]:
             self.registers[list(to)] = self.sums.pop(to)
+            if self.shared.races:
+                self.fenced[list(to)] = self.registers[list(to)]
