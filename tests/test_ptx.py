@@ -324,8 +324,8 @@ def test_products_of_every_layout(arch):
 
 CASES = [
     "two-pass, plain-bfloat16", "two-pass, mask all fields-bfloat16", "two-pass, bias (0, 0, 1, 1)-bfloat16",
-    "two-pass, layout last strided-float16", "short keys, mask padding-bfloat16", "short keys, gate channel-float16",
-    "short queries, mask ranges-bfloat16", "split, dropout-bfloat16", "packed decode, everything-bfloat16",
+    "two-pass, layout last strided-bfloat16", "short keys, mask padding-bfloat16", "short keys, dropout-float16",
+    "short queries, mask ranges-bfloat16", "split, gate channel-bfloat16", "packed decode, everything-bfloat16",
     "size, plain 72-bfloat16", "size, 3 x 77-float32",
 ]  # fmt: skip
 
@@ -415,7 +415,7 @@ def test_the_order_of_programs_and_of_what_is_asynchronous_does_not_matter(tmp_p
         ("sm_90", r"wgmma\.wait_group.*;", True, "a race"),
         ("sm_90", r"wgmma\.wait_group.*;", False, "NaN"),
         ("sm_90", r"fence\.proxy.*;", True, "without a fence"),
-        ("sm_90", r"wgmma\.fence.*;", True, "written after the last wgmma.fence"),
+        ("sm_90", r"wgmma\.fence.*;", True, "sums were written after the last wgmma.fence"),
     ],
 )
 def test_what_is_left_out_of_a_kernel_is_missed(tmp_path, arch, left_out, races, said):
