@@ -34,7 +34,7 @@ class Entry:
     registers: dict[str, str] = field(default_factory=dict)  # type by name
 
 
-ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*(?:\.reqntid\s+(\d+)|\.maxntid\s+(\d+)|[.\w\s,]*?)\s*\{", re.S)
+ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*\.reqntid\s+(\d+)[^{]*\{", re.S)
 PARAM = re.compile(r"\.param\s+\.(\w+)\s+(?:\.ptr\s+\.global\s+)?(?:\.align\s+\d+\s+)?([\w$]+)")
 PIECE = re.compile(r"\.loc[^\n]*|[$\w]+:(?!:)|[@.a-z][^;{}]*(?:\{[^{};]*\}[^;{}]*)*;|[{}]")
 GUARDED = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
@@ -46,8 +46,8 @@ def parse(ptx: str) -> Entry:
     found = ENTRY.search(ptx)
     if found is None:
         raise NotImplementedError("no kernel with a known number of threads")
-    name, params, *threads = found.groups()
-    entry = Entry(name, {n: t for t, n in PARAM.findall(params)}, next((int(t) for t in threads if t), 0))
+    name, params, threads = found.groups()
+    entry = Entry(name, {n: t for t, n in PARAM.findall(params)}, int(threads))
     scopes: list[dict[str, str]] = []
     source = ""
     for piece in _pieces(ptx[found.end() - 1 :]):
@@ -74,7 +74,11 @@ def _pieces(body: str) -> Iterator[str]:
     body = re.sub(r"/\*.*?\*/", "", body, flags=re.S)
     # a comment ends an instruction's line; that of .loc names the line of Python
     body = re.sub(r"(?m)^(?!\s*\.loc)(.*?)//.*$", r"\1", body)
+    end = 0
     for found in PIECE.finditer(body):
+        if body[end : found.start()].strip():
+            raise NotImplementedError(f"`{body[end : found.start()].strip()}` is read over")
+        end = found.end()
         yield " ".join(found.group().strip().rstrip(";").split())
 
 
