@@ -167,6 +167,7 @@ $L_more:
 	add.s32 %d0, %d0, 1;
 	bra.uni $L_more;
 $L_done:
+	bar.sync 0;
 	add.s32 %d0, %d0, 100;
 	{ .reg .b32 %a0; mov.b32 %a0, 7; add.s32 %d0, %d0, %a0; }
 	add.s32 %d0, %d0, %a0;
@@ -232,6 +233,34 @@ def test_a_race_between_warps_is_found():
     assert torch.equal(run(EXCHANGE.format(barrier="", other=1), values, threads=64)[:, 0], values ^ 1)
     with pytest.raises(AssertionError, match="warp 0 reads shared byte 1152, which warp 1 writes without a barrier"):
         run(EXCHANGE.format(barrier="", other=32), values, threads=64)
+
+
+OVERWRITE = """
+	ld.shared.b32 %d0, [%r1];
+	{barrier}
+	setp.eq.s32 %p1, %r0, {who};
+	@%p1 st.shared.b32 [%r1], {what};
+"""
+
+
+@pytest.mark.parametrize(
+    "barrier, who, what, fine",
+    [("", 40, 7, False), ("bar.sync 0;", 40, 7, True), ("", 40, 0x7FFF7FFF, True)],
+    ids=["a race", "a barrier", "what is there"],
+)
+def test_a_write_after_another_warp_has_read(barrier, who, what, fine):
+    body = OVERWRITE.format(barrier=barrier, who=who, what=what)
+    if fine:
+        run(body, torch.zeros(64), threads=64)
+    else:
+        with pytest.raises(AssertionError, match="warp 1 writes shared byte 1024, which warp 0 reads or writes"):
+            run(body, torch.zeros(64), threads=64)
+
+
+def test_threads_that_write_one_place_at_once_agree():
+    run("st.shared.b32 [%r1], 7;\nmov.b32 %d0, 0;", LANES)
+    with pytest.raises(AssertionError, match="thread 0: another stores something else to the same place"):
+        run("st.shared.b32 [%r1], %r0;", LANES)
 
 
 COPY = """
@@ -311,6 +340,35 @@ def test_a_product_of_a_warp():
     for lane in range(32):
         g, t = lane // 4, 2 * (lane % 4)
         assert found[lane, :2].tolist() == expected[g, t : t + 2].tolist() and found[lane, 2:].isnan().all()
+
+
+GROUP = """
+	shl.b32 %r2, %r0, 2;
+	add.s32 %r2, %r2, %r1;
+	st.shared.b32 [%r2], %a0;
+	bar.sync 0;
+	fence.proxy.async.shared::cta;
+	and.b32 %r3, %r1, 16383;
+	shr.u32 %r3, %r3, 4;
+	cvt.u64.u32 %x4, %r3;
+	or.b64 %x4, %x4, {strides};
+	mov.b32 %d0, %a1;  mov.b32 %d1, %a1;  mov.b32 %d2, %a1;  mov.b32 %d3, %a1;
+	wgmma.fence.sync.aligned;
+	wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+		{{%d0, %d1, %d2, %d3}}, {{%a0, %a0, %a0, %a0}}, %x4, {add}, 1, 1, 0;
+	wgmma.commit_group.sync.aligned;
+	wgmma.wait_group.sync.aligned {allowed};
+"""
+
+
+@pytest.mark.parametrize("add, allowed, expected", [(1, 0, 21), (0, 0, 16), (1, 1, math.nan)])
+def test_a_product_of_a_group_is_there_when_it_is_waited_for(add, allowed, expected):
+    """Ones times ones, and fives to start from; rows of 16 bytes without a pattern."""
+    ones = torch.ones(128, 2).bfloat16().view(torch.int32)
+    fives = torch.full((128, 1), 5.0).view(torch.int32)
+    body = GROUP.format(add=add, allowed=allowed, strides=8 << 16 | 16 << 32)
+    found = run(body, torch.cat([ones, fives], 1), 4, threads=128).view(torch.float32)
+    torch.testing.assert_close(found, torch.full((128, 4), float(expected)), rtol=0, atol=0, equal_nan=True)
 
 
 # ---- compiled kernels ----
