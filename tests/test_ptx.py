@@ -8,60 +8,10 @@ import math
 import pytest
 import torch
 
-from tests.ptx.machine import Machine
-from tests.ptx.memory import Global
-from tests.ptx.parse import parse
+from tests.ptx.by_hand import run
 from tests.test_compile import without_interpreter
 
 ARCHS = ("sm_80", "sm_90")
-
-KERNEL = """
-.extern .shared .align 16 .b8 global_smem[];
-.visible .entry by_hand(
-	.param .u64 .ptr .global .align 1 source,
-	.param .u64 .ptr .global .align 1 target
-)
-.reqntid {threads}
-{{
-	.reg .pred %p<9>;
-	.reg .b16 %h<9>;
-	.reg .b32 %r<9>;
-	.reg .b32 %a<9>;
-	.reg .b32 %d<9>;
-	.reg .b64 %x<9>;
-	.loc	1 7 7                         // by_hand.py:7:7
-	ld.param.b64 	%x1, [source];
-	ld.param.b64 	%x2, [target];
-	mov.u32 	%r0, %tid.x;
-	mov.b32 	%r1, global_smem;
-	mul.wide.u32 	%x3, %r0, {read};
-	add.s64 	%x1, %x1, %x3;
-	mul.wide.u32 	%x3, %r0, {written};
-	add.s64 	%x2, %x2, %x3;
-	{loads}
-	{body}
-	{stores}
-	ret;
-}}
-"""
-
-
-def run(body, source, results=1, threads=32, races=True):
-    """What `body` leaves in %d0, %d1, ... of every thread, as int32; %a0, %a1, ... hold its row of `source`."""
-    source = torch.as_tensor(source).reshape(threads, -1).contiguous()
-    words = source.view(torch.int32)
-    target = torch.full((threads, results), -1, dtype=torch.int32)
-    loads = "".join(f"ld.global.b32 %a{i}, [%x1+{4 * i}];\n" for i in range(words.shape[1]))
-    stores = "".join(f"st.global.b32 [%x2+{4 * i}], %d{i};\n" for i in range(results))
-    text = KERNEL.format(
-        threads=threads, read=4 * words.shape[1], written=4 * results, loads=loads, body=body, stores=stores
-    )
-    machine = Machine(parse(text), shared_bytes=4096, races=races)
-    for held, tensor in zip(machine.params.values(), (source, target)):
-        held[0] = tensor.data_ptr()
-    machine.run(0, 1, Global((source, target)))
-    return target
-
 
 LANES = torch.arange(32, dtype=torch.int32)
 
@@ -395,71 +345,15 @@ def test_kernels_within_budget(arch):
     )
 
 
-VIEWS = """
-import sys, torch
-from crossattn_kernels import cross_attention
-from tests.ptx.driver import executing
-
-huge = torch.empty(2**31 + 2**20, dtype=torch.float16)  # the pages between the rows are never touched
-
-def far(t):
-    step = 2**31 // (t.shape[2] - 1)
-    return huge.as_strided(t.shape, (t.shape[1] * t.shape[3], t.shape[3], step, 1)).copy_(t)
-
-def apart(t):
-    return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
-
-torch.manual_seed(0)
-tensors = [torch.randn(1, 2, s, d).half() for s, d in ((70, 64), (150, 64), (150, 64), (70, 150))]
-with executing(sys.argv[1]):
-    near = cross_attention(*tensors[:3], bias=tensors[3], backend="triton")
-    for moved in (far, apart):
-        for i in range(4):
-            q, k, v, bias = [moved(t) if i == j else t for j, t in enumerate(tensors)]
-            there = cross_attention(q, k, v, bias=bias, backend="triton")
-            print(moved.__name__, i, (there - near).abs().max().item())
-"""
-
-
-def test_a_tensor_may_lie_anywhere(tmp_path):
+def test_a_tensor_may_lie_anywhere():
     """Rows past 2^31 elements, and addresses that are not aligned where those of the call before were."""
-    script = tmp_path / "views.py"
-    script.write_text(VIEWS)
-    lines = without_interpreter(str(script), "sm_90").splitlines()
+    lines = without_interpreter("-m", "tests.ptx.views", "sm_90").splitlines()
     assert len(lines) == 8 and all(line.endswith(" 0.0") for line in lines), lines
 
 
-BROKEN = """
-import re, sys, torch
-from tests.ptx.driver import executing
-from crossattn_kernels import cross_attention
-
-torch.manual_seed(0)
-q, k, v = torch.randn(1, 1, 70, 64).bfloat16(), *torch.randn(2, 1, 1, 270, 64).bfloat16()
-arch, pattern, races = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
-changed = []
-
-def edit(ptx):
-    text, count = re.subn(pattern, "", ptx)
-    changed.append(count)
-    return text
-
-results = []
-for seed, eager in ((0, False), (1, False), (0, True)) if pattern == "nothing" else ((0, False),):
-    with executing(arch, races, eager, seed, edit):
-        try:
-            results.append(cross_attention(q, k, v, backend="triton"))
-        except AssertionError as error:
-            print(error)
-            sys.exit()
-assert pattern == "nothing" or sum(changed)
-print("NaN" if results[0].isnan().any() else all(torch.equal(results[0], other) for other in results))
-"""
-
-
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_order_of_programs_and_of_what_is_asynchronous_does_not_matter(tmp_path, arch):
-    assert without(tmp_path, arch, "nothing", races=True) == "True\n"
+def test_the_order_of_programs_and_of_what_is_asynchronous_does_not_matter(arch):
+    assert without_interpreter("-m", "tests.ptx.broken", arch) == "True\n"
 
 
 @pytest.mark.parametrize(
@@ -476,11 +370,6 @@ def test_the_order_of_programs_and_of_what_is_asynchronous_does_not_matter(tmp_p
         ("sm_90", r"wgmma\.fence.*;", True, "sums were written after the last wgmma.fence"),
     ],
 )
-def test_what_is_left_out_of_a_kernel_is_missed(tmp_path, arch, left_out, races, said):
-    assert said in without(tmp_path, arch, left_out, races)
-
-
-def without(tmp_path, arch, left_out, races):
-    script = tmp_path / "broken.py"
-    script.write_text(BROKEN)
-    return without_interpreter(str(script), arch, left_out, str(races))
+def test_what_is_left_out_of_a_kernel_is_missed(arch, left_out, races, said):
+    options = () if races else ("--no-races",)
+    assert said in without_interpreter("-m", "tests.ptx.broken", arch, "--without", left_out, *options)

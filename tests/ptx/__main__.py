@@ -6,6 +6,7 @@ A line a case: its largest share of a budget, the kernels that ran, seconds.  Ex
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -96,23 +97,23 @@ def main() -> int:
             force(**forced),
             executing(options.arch, not options.no_races, options.eager) as executed,
         ):
-            try:
-                rows = check(case, "triton")
-                ok = all(row.ok for row in rows)
-                worst = max(rows, key=lambda r: r.error / r.budget if r.budget else float(r.error != 0))
-                found = (
-                    f"{worst.error / worst.budget if worst.budget else worst.error:5.2f} of the budget ({worst.name})"
-                )
-            except Exception as error:  # a report of all cases is worth more than the first failure
-                ok, found = False, f"{type(error).__name__}: {error}"
-            kernels = ", ".join(dict.fromkeys(executed))
+            ok, found = outcome(case)
         failed += not ok
-        print(
-            f"{'ok    ' if ok else 'FAILED'} {name}: {found}; {kernels}; {time.perf_counter() - began:.1f} s",
-            flush=True,
-        )
+        kernels, seconds = ", ".join(dict.fromkeys(executed)), time.perf_counter() - began
+        print(f"{'ok    ' if ok else 'FAILED'} {name}: {found}; {kernels}; {seconds:.1f} s", flush=True)
     print(f"{failed} of {len(chosen)} failed for {options.arch}")
     return int(failed > 0)
+
+
+def outcome(case: Case) -> tuple[bool, str]:
+    """Whether a case is within its budgets, and its largest share of one."""
+    try:
+        rows = check(case, "triton")
+    except Exception as error:  # a report of all cases is worth more than the first failure
+        return False, f"{type(error).__name__}: {error}"
+    shares = {r.name: r.error / r.budget if r.budget else r.error for r in rows}
+    name = max(shares, key=lambda n: math.inf if math.isnan(shares[n]) else shares[n])
+    return all(row.ok for row in rows), f"{shares[name]:5.2f} of the budget ({name})"
 
 
 if __name__ == "__main__":
