@@ -106,6 +106,18 @@ def test_splits_follow_the_number_of_multiprocessors():
     assert tuning._plan(sizes, few, ()).forward.splits < tuning._plan(sizes, many, ()).forward.splits
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_a_plan_chooses_can_be_forced(arch, D, biased):
+    sizes = problem(2, 8, 4, 4096, 4096, D)._replace(biased=biased)
+    with tuning.assumed(arch):
+        chosen = tuning.plan(sizes)
+        kernels = ("forward", "dq", "dkv", "bias_grad")
+        with tuning.force(**{name: getattr(chosen, name) for name in kernels}):
+            assert tuning.plan(sizes) == chosen
+
+
 def test_an_unknown_schedule_is_refused():
     with tuning.force(backward_schedule="none"), pytest.raises(ValueError, match="one of 'short keys', .*got 'none'"):
         tuning.plan(problem(1, 1, 1, 64, 64, 64))

@@ -124,14 +124,20 @@ def all_queries(config: Config, problem: Problem, chip: Chip) -> Config:
 
 def shared_bytes(kernel: str, config: Config, problem: Problem) -> int:
     """Shared memory of one program, at most: what stays, the stages of what streams, and a tile of logits or two."""
+    stays, streams = operand_bytes(kernel, config, problem)
+    logits = (1 if kernel == "forward" else 2) * config.BLOCK_M * config.BLOCK_N * problem.dtype.itemsize
+    return stays + config.num_stages * streams + logits
+
+
+def operand_bytes(kernel: str, config: Config, problem: Problem) -> tuple[int, int]:
+    """Bytes of the tiles that stay for a program's whole life, and of those of one turn of its loop."""
     D, Dv = (max(16, power_of_two(n)) for n in (problem.D, problem.Dv))
     of_query, of_key = config.BLOCK_M * (D + Dv), config.BLOCK_N * (D + Dv)
     stays = {"forward": config.BLOCK_M * D, "dq": of_query, "bias_grad": 0, "short_queries": of_query}.get(
         kernel, of_key
     )
     streams = of_query if kernel in ("dkv", "short_keys") else of_query + of_key if kernel == "bias_grad" else of_key
-    logits = (1 if kernel == "forward" else 2) * config.BLOCK_M * config.BLOCK_N
-    return problem.dtype.itemsize * (stays + config.num_stages * streams + logits)
+    return stays * problem.dtype.itemsize, streams * problem.dtype.itemsize
 
 
 def accumulators(kernel: str, config: Config, problem: Problem) -> int:
@@ -143,11 +149,12 @@ def accumulators(kernel: str, config: Config, problem: Problem) -> int:
 
 
 def check_fit(kernel: str, config: Config, problem: Problem, chip: Chip) -> None:
-    """ValueError unless a forced configuration can run."""
-    shared, registers = shared_bytes(kernel, config, problem), accumulators(kernel, config, problem)
-    if shared > chip.shared:
+    """ValueError unless a forced configuration can run; whether one that may be too large is, Triton says."""
+    (stays, streams), registers = operand_bytes(kernel, config, problem), accumulators(kernel, config, problem)
+    least = stays + max(1, config.num_stages - 1) * streams  # the last stage may be in registers
+    if least > chip.shared:
         raise ValueError(
-            f"the forced {kernel} {config} needs {shared} bytes of shared memory, "
+            f"the forced {kernel} {config} needs {least} bytes of shared memory or more, "
             f"a program on {chip.arch} has {chip.shared}"
         )
     if registers > 255:

@@ -12,14 +12,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 
 from crossattn_kernels.aot import Call, calls, sweep
 from crossattn_kernels.problem import Problem, canonical
 from crossattn_kernels.testing import FEATURES, SIZES, Case, check, poisoned
-from crossattn_kernels.tuning import assumed, force, plan, rules
+from crossattn_kernels.tuning import assumed, force, plan
 from tests.ptx.driver import executing
 
 # sizes that make `plan` choose a schedule, with some tiles and a part of one
@@ -92,8 +91,6 @@ def main() -> int:
         began = time.perf_counter()
         with (
             poisoned(),
-            # its estimate refuses tiles that the tables hold and that fit: what Triton allocates is checked here
-            mock.patch.object(rules, "check_fit"),
             force(**forced),
             executing(options.arch, not options.no_races, options.eager) as executed,
         ):
