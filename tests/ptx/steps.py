@@ -52,7 +52,16 @@ def compute(m: Machine, x: Instruction, words: list[str]) -> Step:
 def mov(m: Machine, x: Instruction, words: list[str]) -> Step:
     to, source = x.operands
     if not isinstance(to, tuple) and not isinstance(source, tuple):
-        return compute(m, x, words)
+        step, places = compute(m, x, words), [m.places.get(str(name)) for name in (to, source)]
+        if not all(place is not None and place[0] == "b32" for place in places):
+            return step
+        rows = m.rows([to, source])
+
+        def copy(mask: Any) -> None:
+            step(mask)
+            m.products.copied(*rows, mask)
+
+        return copy
     # a register of parts, or the parts of a register: both little end first
     parts, whole = (to, source) if isinstance(to, tuple) else (source, to)
     bits = int(words[-1][1:]) // len(parts)

@@ -217,6 +217,11 @@ class Products:
         if self.shared.races:
             self.fenced = self.registers.copy()
 
+    def copied(self, to: int, source: int, mask: Any) -> None:
+        """A copy counts as made before the fence if what it copies was there: ptxas makes it then."""
+        if self.fenced is not None:
+            np.copyto(self.fenced[to], self.fenced[source], where=True if mask is None else mask)
+
     def _check_fence(self, rows: list[int]) -> None:
         # of the sums only: LLVM sinks the last conversions of a left operand below the fence, against the letter of the
         # manual, and ptxas places the fence of the chip (WARPGROUP.ARRIVE) behind them
