@@ -52,6 +52,8 @@ def add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     compile_.add_argument("-k", dest="only", metavar="TEXT", default="", help="only calls with this in their name")
     compile_.add_argument("--every", action="store_true", help="every shape x dtype x head size x kind: hours")
     compile_.add_argument("--json", action="store_true", help="the report as it is kept in bench/results")
+    choose = "where kernels spill, write the largest tiles that do not into the table of this Triton"
+    compile_.add_argument("--choose", action="store_true", help=choose)
     compile_.add_argument(
         "--jobs", type=_positive, metavar="N", default=1, help="processes that compile (default: %(default)s)"
     )
@@ -60,12 +62,14 @@ def add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run_compile(args: argparse.Namespace) -> int:
     try:
-        from crossattn_kernels.aot import report
+        from crossattn_kernels.aot import choose, report
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise
         return _refuse("compilation needs triton: pip install 'crossattn_kernels[triton]'")
     try:
+        if args.choose:
+            return choose.run(args.arch, args.only, args.every)
         return report.run(args.arch, args.only, args.every, args.json, args.jobs)
     except ValueError as error:  # an architecture that is not known, or the interpreter instead of the compiler
         return _refuse(str(error))

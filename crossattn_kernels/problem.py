@@ -86,6 +86,10 @@ class Problem(NamedTuple):
     biased: bool = False
     plain: bool = True  # nothing but q, k, v, a number as scale and ranges
     sifts: bool = False  # an entry inside the range of its query may be hidden or changed
+    extras: int = 0  # how many of: ranges, keys, visible, bias, gate, scales of heads, softcap, dropout, empty rows
+    pairwise: bool = False  # an entry for each query and key is loaded: bias or visible
+    scattered: bool = False  # and not by vectors: its rows are not aligned, or groups share it
+    drops: bool = False
     shares_q: bool = False  # one batch entry of q (k) for all
     shares_k: bool = False
     chunk: bool = False  # the keys are part of a longer whole
@@ -98,13 +102,18 @@ class Problem(NamedTuple):
         (entries, _, _, D), (others, Hk, _, _) = x.q.shape, x.k.shape
         asked = options or AS_USUAL
         sifted, ranged = not x.keys is x.visible is x.bias is None, not x.start is x.end is None
+        changed = bool(asked.softcap), bool(asked.dropout_p), asked.empty_rows != "zero"
+        pairwise, grouped = not x.visible is x.bias is None, asked.query_group * asked.key_group > 1
         return Problem(
             B, Hq, Hk, M, N, D, x.v.shape[3], x.q.dtype, x.q.device,
             masked=ranged or not x.keys is x.visible is None,
             biased=x.bias is not None,
-            plain=not sifted and x.gate is x.scale is x.seed is None and not asked.softcap
-            and asked.empty_rows == "zero",
+            plain=not sifted and x.gate is x.scale is None and not any(changed),
             sifts=sifted or asked.empty_rows == "uniform",
+            extras=ranged + sum(changed) + sum(t is not None for t in (x.keys, x.visible, x.bias, x.gate, x.scale)),
+            pairwise=pairwise,
+            scattered=pairwise and (grouped or N % 16 != 0),
+            drops=bool(asked.dropout_p),
             shares_q=entries < B,
             shares_k=others < B,
             chunk=asked.chunk,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from crossattn_kernels import tuning
-from crossattn_kernels.problem import Problem
+from crossattn_kernels.masks import Mask
+from crossattn_kernels.problem import Problem, canonical
 from crossattn_kernels.tuning import CHIPS, Chip, Config, rules, tables
 
 HALF = Problem(2, 8, 4, 4096, 4096, 72, 80, torch.bfloat16, torch.device("meta"))
@@ -42,6 +43,62 @@ def test_an_entry_is_found_by_dtype_head_size_kernel_and_kind(folder):
     assert tables.lookup(H200, FULL, "dq").BLOCK_M == 128
     assert tables.lookup(H200, HALF, "dkv") is None
     assert tables.lookup(H200, HALF._replace(D=129), "dq") is None
+
+
+@pytest.mark.parametrize(
+    "asked, kind",
+    [
+        (dict(D=128, Dv=128), "plain"),
+        (dict(), "padded plain"),
+        (dict(masked=True), "padded ranges"),
+        (dict(plain=False, extras=1), "other"),
+        (dict(plain=False, extras=2), "several"),
+        (dict(plain=False, extras=1, pairwise=True), "pairs"),
+        (dict(plain=False, extras=2, pairwise=True), "several"),
+        (dict(plain=False, extras=1, pairwise=True, scattered=True), "scattered"),
+        (dict(plain=False, extras=3, pairwise=True, scattered=True), "scattered"),
+        (dict(plain=False, extras=3, pairwise=True, scattered=True, drops=True), "dropout"),
+        (dict(plain=False, extras=4), "many"),
+    ],
+)
+def test_kinds(folder, asked, kind):
+    """Each has an entry of its own where the table has one, else that of a coarser kind."""
+    problem = HALF._replace(**asked)
+    assert tables.kind_of(problem) == kind
+    coarser = kind.removeprefix("padded ") if problem.plain else "other"
+    tables.save(folder / "sm_90.json", "sm_90", [entry(16, kind=coarser)])
+    assert tables.lookup(H200, problem, "dq").BLOCK_M == 16
+    tables._read.cache_clear()
+    tables.save(folder / "sm_90.json", "sm_90", [entry(16, kind=coarser), entry(32, kind=kind, triton="3.6")])
+    assert tables.lookup(H200, problem, "dq").BLOCK_M == (16 if kind == coarser else 32)
+
+
+def test_kinds_of_calls():
+    """What is counted, on calls with 16 keys for vectors and with 17."""
+
+    def kind(N=16, **rest):
+        q, k = torch.empty(1, 1, 4, 64, device="meta"), torch.empty(1, 1, N, 64, device="meta")
+        return tables.kind_of(Problem.of(*canonical(q, k, k, **rest)))
+
+    def bias(N=16):
+        return torch.empty(1, 1, 4, N, device="meta")
+
+    keys = Mask.key_padding(torch.empty(1, 16, dtype=torch.bool, device="meta"))
+    blocks = Mask.blocks(torch.empty(1, 1, 1, 1, dtype=torch.bool, device="meta"))
+    assert kind() == "plain" and kind(mask=keys) == kind(gate=bias()[..., :1]) == kind(softcap=3.0) == "other"
+    assert kind(bias=bias()) == "pairs" and kind(17, bias=bias(17)) == kind(mask=blocks) == "scattered"
+    assert kind(mask=keys, bias=bias()) == kind(softcap=3.0, empty_rows="uniform") == "several"
+    assert kind(dropout_p=0.1) == kind(dropout_p=0.1, bias=bias(), mask=keys) == "dropout"
+    assert kind(dropout_p=0.1, bias=bias(), mask=keys, softcap=3.0) == "many"
+
+
+def test_supposed_entries_stand_in_for_those_of_tables(folder):
+    tables.save(folder / "sm_90.json", "sm_90", [entry(16)])
+    key, supposed = tables.key_of(HALF, "dq"), Config(64, 64, 8, 2)
+    assert tuning.plan(HALF).dq == Config(16, 32, 4, 1)
+    with tuning.suppose({key: supposed}):
+        assert tuning.plan(HALF).dq == supposed and tuning.plan(FULL).dq != supposed
+    assert tuning.plan(HALF).dq == Config(16, 32, 4, 1)
 
 
 @pytest.mark.parametrize(

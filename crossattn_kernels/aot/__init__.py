@@ -50,25 +50,29 @@ def compile_call(
     *,
     backward: bool = True,
     started: Callable[[str], None] = lambda kernel: None,
+    brief: bool = False,
     **rest: Any,
 ) -> list[Row]:
     """Compile what `cross_attention` with these `meta` tensors, and its backward, would run on `arch`.
 
     backward: whether the gradients of all floating-point arguments are wanted.
     started: called with the name of every kernel before it is compiled.
+    brief: without counts of instructions, which take longer than a compilation that Triton's cache has.
     """
     with standing_in(arch), timed(started) as seconds:
         _run(*problem.canonical(q, k, v, mask, **rest), backward)
         return [
-            Row(name, schedule, config, figures(compiled, arch), seconds.get(name, 0.0))
+            Row(name, schedule, config, figures(compiled, arch, brief), seconds.get(name, 0.0))
             for name, schedule, config, compiled in launched()
         ]
 
 
-def compile_named(arch: str, call: Call, started: Callable[[str], None] = lambda kernel: None) -> list[Row]:
+def compile_named(
+    arch: str, call: Call, started: Callable[[str], None] = lambda kernel: None, brief: bool = False
+) -> list[Row]:
     """The same for a call of the sweep."""
     shape, (q, k, v), rest = arguments(call)
-    return compile_call(arch, q, k, v, backward=shape.backward, started=started, **rest)
+    return compile_call(arch, q, k, v, backward=shape.backward, started=started, brief=brief, **rest)
 
 
 def _run(x: Inputs, options: Options, backward: bool) -> None:

@@ -48,6 +48,7 @@ def shapes(D: int) -> dict[str, Shape]:
         "ragged": Shape(2, 8, 4, 4001, 4001, D),  # tiles end with neither queries nor keys
         "short keys": Shape(2, 8, 4, 4096, few_keys, D),
         "short keys of a tile": Shape(2, 8, 4, 4096, 128, D),
+        "fewer keys": Shape(2, 8, 4, 4096, few_keys // 2, D),
         "short queries": Shape(8, 32, 16, few_queries, 4096, D),
         "fewer queries": Shape(8, 32, 16, few_queries // 2, 4096, D),
         "split": Shape(1, 8, 8, 2 * few_queries, 4096, D),
@@ -72,12 +73,24 @@ def blocks(s: Shape, dtype: torch.dtype) -> dict[str, Any]:
     return dict(mask=Mask.blocks(tensor(1, 1, -(-s.M // 128), -(-s.N // 128), dtype=torch.bool)))
 
 
+def bits(s: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    return dict(mask=Mask.groups(tensor(s.B, 1, s.M, s.N, dtype=torch.bool)))
+
+
+def bias(s: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    return dict(bias=tensor(1, s.Hq, s.M, s.N, dtype=dtype))
+
+
+def gate(s: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    return dict(gate=tensor(s.Hq, dtype=dtype))
+
+
 def everything(s: Shape, dtype: torch.dtype) -> dict[str, Any]:
     mask = ranges(s, dtype)["mask"] & padding(s, dtype)["mask"] & blocks(s, dtype)["mask"]
     return dict(
+        **bias(s, dtype),
+        **gate(s, dtype),
         mask=mask,
-        bias=tensor(1, s.Hq, s.M, s.N, dtype=dtype),
-        gate=tensor(s.Hq, dtype=dtype),
         scale=tensor(s.Hq, dtype=torch.float32),
         softcap=30.0,
         dropout_p=0.1,
@@ -91,9 +104,17 @@ KINDS = {
     "ranges": ranges,
     "keys": padding,
     "blocks": blocks,
-    "bias": lambda s, dtype: dict(bias=tensor(1, s.Hq, s.M, s.N, dtype=dtype)),
-    "row gate": lambda s, dtype: dict(gate=tensor(s.Hq, dtype=dtype)),
+    "bits": bits,
+    "bias": bias,
+    "row gate": gate,
     "channel gate": lambda s, dtype: dict(gate=tensor(s.Hq, s.D, dtype=dtype)),
+    "dropout": lambda s, dtype: dict(dropout_p=0.1),
+    "keys, bias": lambda s, dtype: padding(s, dtype) | bias(s, dtype),  # T5
+    "ranges, gate": lambda s, dtype: ranges(s, dtype) | gate(s, dtype),  # Flamingo
+    "ranges, softcap": lambda s, dtype: ranges(s, dtype) | dict(softcap=30.0),  # T5Gemma
+    "bits, ranges": lambda s, dtype: dict(mask=ranges(s, dtype)["mask"] & bits(s, dtype)["mask"]),
+    "keys, bias, dropout": lambda s, dtype: padding(s, dtype) | bias(s, dtype) | dict(dropout_p=0.1),
+    "gate, dropout": lambda s, dtype: gate(s, dtype) | dict(dropout_p=0.1),
     "everything": everything,
 }
 
@@ -121,13 +142,16 @@ def _kinds(shape: str, dtype: str, D: int) -> tuple[str, ...]:
     if dtype == "bf16" and D in PADDED:
         kinds = {
             "two-pass": tuple(KINDS),
-            "short keys": ("plain", "row gate", "bias", "everything"),
+            "ragged": ("plain", "ranges", "bias"),
+            "short keys": ("plain", "row gate", "bits", "bias", "keys, bias", "ranges, gate", "everything"),
+            "fewer keys": ("bias", "ranges, gate", "everything"),
             "short queries": ("plain", "keys", "row gate"),
             "fewer queries": ("ranges", "bias"),
             "split queries": ("ranges",),
-            "ragged": (),
         }
         return kinds.get(shape, ("plain",))
     if shape != "two-pass" or (dtype != "bf16" and D not in PADDED):
         return ()
-    return ("plain", "everything") if D == 64 else ("plain",)
+    if D in PADDED:
+        return ("plain", "everything") if D == 64 else ("plain",)
+    return ("plain", "ranges", "keys", "bits", "bias", "ranges, gate") if D in (40, 72, 160) else ("plain", "ranges")

@@ -50,11 +50,11 @@ class Figures(NamedTuple):
     narrow_loads: int  # 2 bytes
 
 
-def figures(compiled: Any, arch: str) -> Figures:
-    """Those of what Triton compiled."""
+def figures(compiled: Any, arch: str, brief: bool = False) -> Figures:
+    """Those of what Triton compiled; if brief, without counts, which take most of the time."""
     shared, threads = compiled.metadata.shared, compiled.metadata.num_warps * compiled.metadata.target.warp_size
     if "cubin" in compiled.asm:
-        usage, code = disassembled(compiled.asm["cubin"])
+        usage, code = disassembled(compiled.asm["cubin"], brief)
         registers, stack = _numbers(r"REG:(\d+) STACK:(\d+)", usage)
         spills = {}
     else:
@@ -89,16 +89,15 @@ def programs(arch: str, registers: int, shared: int, threads: int) -> int | None
     return min(by_registers, by_shared, 2048 // threads, PROGRAMS)
 
 
-def disassembled(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, SASS), by the tool in Triton's wheel."""
+def disassembled(cubin: bytes, brief: bool) -> tuple[str, str]:
+    """(resource usage, SASS unless brief), by the tool in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        usage, code = (
-            subprocess.run([tool, what, file.name], capture_output=True, text=True) for what in ("-res-usage", "-sass")
-        )
-    return usage.stdout + usage.stderr, code.stdout
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+        code = "" if brief else subprocess.run([tool, "-sass", file.name], capture_output=True, text=True).stdout
+    return usage.stdout + usage.stderr, code
 
 
 def instructions(code: str) -> Iterator[tuple[int, str, str]]:

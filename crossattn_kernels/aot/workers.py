@@ -10,6 +10,8 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from crossattn_kernels.aot import Call, Row, compile_named
+from crossattn_kernels.tuning import Config, suppose
+from crossattn_kernels.tuning.tables import Key
 
 LIMIT = 300  # seconds for a kernel, after which its compiler counts as hung
 
@@ -35,10 +37,11 @@ class Worker:
         self.process.start()
         other.close()  # so that the pipe ends with the process
 
-    def compile(self, call: Call) -> list[Row] | Failure:
+    def compile(self, call: Call, entries: dict[Key, Config] | None = None, brief: bool = False) -> list[Row] | Failure:
+        """What became of it where tables have these entries."""
         kernel = "no kernel"
         try:
-            self.connection.send(call)
+            self.connection.send((call, entries or {}, brief))
             while self.connection.poll(LIMIT):
                 message = self.connection.recv()
                 if not isinstance(message, str):
@@ -90,12 +93,13 @@ def _serve(arch: str, connection: Connection) -> None:
 
     while True:
         try:
-            call = connection.recv()
+            call, entries, brief = connection.recv()
         except EOFError:
             return
         names.clear()
         try:
-            connection.send(compile_named(arch, call, started))
+            with suppose(entries):
+                connection.send(compile_named(arch, call, started, brief))
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
             connection.send(Failure(names[-1] if names else "no kernel", reason))

@@ -8,12 +8,24 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from crossattn_kernels.problem import Problem
-from crossattn_kernels.tuning import rules
+from crossattn_kernels.tuning import rules, tables
 from crossattn_kernels.tuning.chips import ASSUMED, CHIPS, Chip, assumed, chip_of
 from crossattn_kernels.tuning.rules import Config, power_of_two
 from crossattn_kernels.tuning.tables import lookup
 
-__all__ = ["CHIPS", "Chip", "Config", "Plan", "assumed", "chip_of", "circumstances", "force", "plan", "power_of_two"]
+__all__ = [
+    "CHIPS",
+    "Chip",
+    "Config",
+    "Plan",
+    "assumed",
+    "chip_of",
+    "circumstances",
+    "force",
+    "plan",
+    "power_of_two",
+    "suppose",
+]
 
 
 BACKWARD = ("short keys", "short queries", "two-pass")  # the first that can serve a call runs
@@ -57,6 +69,20 @@ def force(**changes: Any) -> Iterator[None]:
         yield
     finally:
         _FORCED.pop()
+
+
+@contextmanager
+def suppose(entries: dict[tables.Key, Config]) -> Iterator[None]:
+    """Within it, plans are made as if every table had these entries; call signatures that were met keep their plans."""
+    before = dict(tables.SUPPOSED)
+    tables.SUPPOSED.update(entries)
+    _plan.cache_clear()
+    try:
+        yield
+    finally:
+        tables.SUPPOSED.clear()
+        tables.SUPPOSED.update(before)
+        _plan.cache_clear()
 
 
 def circumstances() -> tuple[Any, ...]:

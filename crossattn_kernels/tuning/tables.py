@@ -24,8 +24,14 @@ from crossattn_kernels.tuning.rules import Config, head_size, shared_bytes
 SCHEMA = 1
 FOLDER = Path(__file__).with_name("tables")
 KEY = ("dtype", "D", "kernel", "kind")
+# where a table has no entry of a kind, it is that of another
+COARSER = {"padded plain": "plain", "padded ranges": "ranges"} | dict.fromkeys(
+    ("pairs", "scattered", "dropout", "several", "many"), "other"
+)
+Key = tuple[str, int, str, str]
 Version = tuple[int, ...]
-Table = dict[tuple[Any, ...], dict[Version, Config]]  # by KEY, then by Triton's version
+Table = dict[Key, dict[Version, Config]]  # by KEY, then by Triton's version
+SUPPOSED: dict[Key, Config] = {}  # stand in for those of any table
 
 
 def lookup(chip: Chip, problem: Problem, kernel: str) -> Config | None:
@@ -37,16 +43,33 @@ def lookup(chip: Chip, problem: Problem, kernel: str) -> Config | None:
     path, installed = _path_for(FOLDER, chip.arch), _triton()
     if path is None or installed is None:
         return None
-    dtype = "full" if problem.dtype.itemsize == 4 else "half"
-    found = _read(path).get((dtype, head_size(problem), kernel, kind_of(problem)), {})
-    config = found.get(max((version for version in found if version <= installed), default=()))
+    key = key_of(problem, kernel)
+    if key in SUPPOSED:
+        return SUPPOSED[key]
+    table, config = _read(path), None
+    for kind in (key[-1], COARSER.get(key[-1], "")):
+        found = table.get((*key[:-1], kind), {})
+        config = config or found.get(max((version for version in found if version <= installed), default=()))
     measured = path.stem == chip.arch  # with less shared memory than `shared_bytes` allows for
     return config if config and (measured or shared_bytes(kernel, config, problem) <= chip.shared) else None
 
 
+def key_of(problem: Problem, kernel: str) -> Key:
+    """What the configuration of a kernel is looked up by, as `KEY`."""
+    return "full" if problem.dtype.itemsize == 4 else "half", head_size(problem), kernel, kind_of(problem)
+
+
 def kind_of(problem: Problem) -> str:
-    """ "plain", "ranges" (and nothing else), or "other"."""
-    return "other" if not problem.plain else "ranges" if problem.masked else "plain"
+    """What a call asks for besides q, k and v, as finely as the registers that it takes."""
+    p = problem
+    if p.plain:
+        padded = max(p.D, p.Dv) != head_size(p)
+        return ("padded " if padded else "") + ("ranges" if p.masked else "plain")
+    if p.extras > 3:
+        return "many"
+    if p.drops:
+        return "dropout"
+    return "scattered" if p.scattered else "several" if p.extras > 1 else "pairs" if p.pairwise else "other"
 
 
 def save(path: Path, arch: str, entries: Iterable[dict[str, Any]]) -> None:
@@ -85,7 +108,8 @@ def _read(path: Path) -> Table:
             raise ValueError(f"schema {content['schema']!r} instead of {SCHEMA}")
         for entry in content["entries"]:
             config = Config(**{name: entry[name] for name in Config._fields if name in entry})
-            table.setdefault(tuple(entry[name] for name in KEY), {})[_version(entry["triton"])] = config
+            key = entry["dtype"], entry["D"], entry["kernel"], entry["kind"]
+            table.setdefault(key, {})[_version(entry["triton"])] = config
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"the table {path} is left aside, {type(error).__name__}: {error}", stacklevel=2)
         return {}
