@@ -87,7 +87,7 @@ def chosen_for(key: Key, uses: Sequence[Use], worker: Worker, entries: Entries, 
     calls = [use.call for use in sorted(uses, key=lambda use: use.good)]
     largest = max((use.config for use in uses), key=lambda c: (c.BLOCK_M * c.BLOCK_N, c.num_stages))
     far: set[tuple[int, ...]] = set()  # tiles that spill so much that a pipeline more or less does not matter
-    for config in candidates(key[2], largest, chip):
+    for config in candidates(key[2], largest):
         if config[:3] in far:
             continue
         bad, met = None, 0
@@ -106,11 +106,12 @@ def chosen_for(key: Key, uses: Sequence[Use], worker: Worker, entries: Entries, 
     return None
 
 
-def candidates(kernel: str, present: Config, chip: Chip) -> list[Config]:
+def candidates(kernel: str, present: Config) -> list[Config]:
     """Tiles no larger than the present one, in the order in which they are wanted.
 
-    First those that keep a schedule for calls as long as now, and on Hopper those with rows for its wide products; then
-    large ones, where a tile without a pipeline counts half, and of these those with many rows of what stays.
+    First those that keep a schedule for calls as long as now, and those with 64 rows of what stays, since each row that
+    streams is read for that many and Hopper's wide products ask for it; then large ones, where a tile without a
+    pipeline counts half, and of these those with many rows of what stays.
     """
     by_keys = kernel in ("dkv", "short_keys")
     area = max(LEAST_AREA, present.BLOCK_M * present.BLOCK_N)
@@ -118,9 +119,8 @@ def candidates(kernel: str, present: Config, chip: Chip) -> list[Config]:
     def order(config: Config) -> tuple[float, ...]:
         stays = config.BLOCK_N if by_keys else config.BLOCK_M
         serves = {"short_keys": config.BLOCK_N, "short_queries": config.BLOCK_M}.get(kernel, 0)
-        short = chip.arch == "sm_90" and stays < 64
         area = config.BLOCK_M * config.BLOCK_N / (1 if config.num_stages > 1 else 2)
-        return -serves, short, -area, -stays, -config.num_stages, -config.num_warps
+        return -serves, stays < 64, -area, -stays, -config.num_stages, -config.num_warps
 
     grid = (Config(*each) for each in itertools.product(SIZES, SIZES, {8, present.num_warps}, STAGES))
     return sorted((c for c in grid if c.BLOCK_M * c.BLOCK_N <= area and c[:4] != present[:4]), key=order)
