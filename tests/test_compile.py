@@ -147,20 +147,31 @@ def test_the_report_covers_the_sweep_and_the_plans_of_today(arch):
 def test_the_report_has_no_spills(arch):
     rows = report(arch)["rows"]
     assert all(row["shared"] <= CHIPS[arch].shared for row in rows)
+    assert all(row["waits"] <= row["hgmma"] / 2 for row in rows if row.get("hgmma")), "serialised products"
     spilled = {(row["kernel"], row["shape"], row["D"], row["kind"]) for row in rows if row["stack"] and half(row)}
     assert spilled == BY_EVERY_TILE[arch]
-    assert {kind for *_, kind in spilled} <= {"everything"}
 
 
 def half(row):
     return row["dtype"] != "fp32"
 
 
-# nine options at once, which even a tile of 16 x 16 does not keep in registers; bytes are in the report
+# nine options at once, whose addresses and values even a tile of 16 x 16 does not keep in registers
+ALL_OPTIONS = {
+    ("dkv_kernel", "fewer keys", 64, "everything"),
+    ("dkv_kernel", "fewer keys", 128, "everything"),
+    ("dkv_kernel", "fewer keys", 256, "everything"),
+    ("dkv_kernel", "short keys", 64, "everything"),
+    ("dkv_kernel", "short keys", 128, "everything"),
+    ("dkv_kernel", "short keys", 256, "everything"),
+    ("dkv_kernel", "two-pass", 128, "everything"),
+    ("dkv_kernel", "two-pass", 256, "everything"),
+}
 BY_EVERY_TILE = {
-    "sm_80": set(),
-    "sm_90": set(),
-    "sm_100": set(),
+    "sm_80": ALL_OPTIONS
+    | {("bias_grad_kernel", shape, 256, "everything") for shape in ("two-pass", "short keys", "fewer keys")},
+    "sm_90": ALL_OPTIONS,
+    "sm_100": ALL_OPTIONS,
 }
 
 
