@@ -124,7 +124,7 @@ def key_range(mask, b, h, rows, M, N):
         return 0, N
     else:
         start, end = row_range(mask, b, h, rows, M, N)
-        return tl.min(tl.where(rows < M, start, N)), tl.max(tl.where(rows < M, end, 0))
+        return tl.maximum(tl.min(tl.where(rows < M, start, N)), 0), tl.max(tl.where(rows < M, end, 0))
 
 
 @triton.jit
@@ -160,10 +160,10 @@ def sifts(logits):
 
 @triton.jit
 def row_range(mask, b, h, rows, M, N):
-    """[start, end) of every query of a tile; [N, 0) of one that sees nothing."""
+    """[start, end) of every query of a tile, start perhaps below 0; [N, 0) of one that sees nothing."""
     start, end = tl.zeros_like(rows), tl.zeros_like(rows) + N
     if mask.start is not None:
-        start = tl.maximum(start, load_vec(mask.start, b, h, rows, M, 0))
+        start = load_vec(mask.start, b, h, rows, M, 0)
     if mask.end is not None:
         end = tl.minimum(end, load_vec(mask.end, b, h, rows, M, 0))
     some = start < end
