@@ -80,6 +80,7 @@ def sweep(field: str, heads: int, resident: int, splits: tuple[int, ...]) -> Cal
     return ways
 
 
+BIASED = Case("bias", 2, 16, 16, 4096, 77, 128, bias=(1, 1, 1, 1), layout="bshd", source="a bias for every pair")
 VIDEO = Case("video", 1, 16, 16, 64, 65536, 64, layout="bshd", source="resampler, 64 latents, 256 frames of 256 tokens")
 IN_ORDER = "The second product of a tile waits in the loop for the exponentials of the same tile instead of the next."
 EXPERIMENTS = (
@@ -142,6 +143,11 @@ EXPERIMENTS = (
         "one pass for short keys, batch 8", "Two passes, as for any number of keys.",
         "7 tensors as large as q move instead of 4 and partial sums of 0.6.",
         NAMED["W1b"].case, BACKWARD, lambda p: [Way("two-pass", 1.5, dict(backward_schedule="two-pass"))],
+    ),
+    Experiment(
+        "spills", "The larger tile that ran before tables knew such calls apart; it spills 384 bytes a thread.",
+        "A spill is written and read in L1, once a tile; smaller tiles load the same bias and compute as much.",
+        BIASED, FORWARD, lambda p: [Way("128 x 64", 1.1, dict(forward=Config(128, 64, 8, 2)))],
     ),
 )  # fmt: skip
 
