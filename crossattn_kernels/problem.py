@@ -89,7 +89,7 @@ class Problem(NamedTuple):
     extras: int = 0  # how many of: ranges, keys, visible, bias, gate, scales of heads, softcap, dropout, empty rows
     pairwise: bool = False  # an entry for each query and key is loaded: bias or visible
     scattered: bool = False  # and not by vectors: its rows are not aligned, or groups share it
-    drops: bool = False
+    drops: bool = False  # dropout is asked for
     shares_q: bool = False  # one batch entry of q (k) for all
     shares_k: bool = False
     chunk: bool = False  # the keys are part of a longer whole

@@ -15,7 +15,7 @@ from crossattn_kernels.aot.calls import arguments, sweep
 from crossattn_kernels.aot.target import standing_in
 from crossattn_kernels.aot.workers import Failure, Worker
 from crossattn_kernels.problem import Problem, canonical
-from crossattn_kernels.tuning import CHIPS, Chip, Config, tables
+from crossattn_kernels.tuning import CHIPS, Chip, Config, rules, tables
 from crossattn_kernels.tuning.tables import Key
 
 KERNELS = ("forward", "dq", "dkv", "short_queries", "bias_grad")  # of tables; named with "_kernel" where they run
@@ -26,10 +26,9 @@ Entries = dict[Key, Config]
 
 
 class Use(NamedTuple):
-    """A call that meets an entry, what it was launched by and whether it was well compiled."""
+    """A call that meets an entry, and whether it was well compiled."""
 
     call: Call
-    config: Config
     good: bool
 
 
@@ -62,19 +61,23 @@ def surveyed(calls: Sequence[Call], worker: Worker, entries: Entries, chip: Chip
     uses: dict[Key, list[Use]] = {}
     for call in calls:
         for key, row in keyed(call, worker.compile(call, entries, brief=True)):
-            uses.setdefault(key, []).append(Use(call, row.config, good(row, chip)))
+            uses.setdefault(key, []).append(Use(call, good(row, chip)))
     return ((key, of_key) for key, of_key in uses.items() if not all(use.good for use in of_key))
 
 
 def keyed(call: Call, found: Sequence[Row] | Failure) -> Iterator[tuple[Key, Row]]:
     """The kernels of a call that have entries in tables."""
-    _, (q, k, v), rest = arguments(call)
-    problem = Problem.of(*canonical(q, k, v, **rest))
+    problem = problem_of(call)
     for row in [] if isinstance(found, Failure) else found:
         kernel = row.kernel.removesuffix("_kernel")
         if kernel in KERNELS:
             kernel = "short_keys" if kernel == "dkv" and row.schedule == "short keys" else kernel
             yield tables.key_of(problem, kernel), row
+
+
+def problem_of(call: Call) -> Problem:
+    _, (q, k, v), rest = arguments(call)
+    return Problem.of(*canonical(q, k, v, **rest))
 
 
 def good(row: Row, chip: Chip) -> bool:
@@ -85,9 +88,10 @@ def good(row: Row, chip: Chip) -> bool:
 def chosen_for(key: Key, uses: Sequence[Use], worker: Worker, entries: Entries, chip: Chip) -> Config | None:
     """The first candidate by which all calls that meet an entry are good."""
     calls = [use.call for use in sorted(uses, key=lambda use: use.good)]
-    largest = max((use.config for use in uses), key=lambda c: (c.BLOCK_M * c.BLOCK_N, c.num_stages))
+    problem = problem_of(calls[0])
+    present = tables.lookup(chip, problem, key[2]) or rules.tiles(key[2], problem, chip)
     far: set[tuple[int, ...]] = set()  # tiles that spill so much that a pipeline more or less does not matter
-    for config in candidates(key[2], largest):
+    for config in candidates(key[2], present):
         if config[:3] in far:
             continue
         bad, met = None, 0
@@ -116,14 +120,17 @@ def candidates(kernel: str, present: Config) -> list[Config]:
     by_keys = kernel in ("dkv", "short_keys")
     area = max(LEAST_AREA, present.BLOCK_M * present.BLOCK_N)
 
+    def serves(config: Config) -> int:
+        return {"short_keys": config.BLOCK_N, "short_queries": config.BLOCK_M}.get(kernel, 0)
+
     def order(config: Config) -> tuple[float, ...]:
         stays = config.BLOCK_N if by_keys else config.BLOCK_M
-        serves = {"short_keys": config.BLOCK_N, "short_queries": config.BLOCK_M}.get(kernel, 0)
         area = config.BLOCK_M * config.BLOCK_N / (1 if config.num_stages > 1 else 2)
-        return -serves, stays < 64, -area, -stays, -config.num_stages, -config.num_warps
+        return -serves(config), stays < 64, -area, -stays, -config.num_stages, -config.num_warps
 
     grid = (Config(*each) for each in itertools.product(SIZES, SIZES, {8, present.num_warps}, STAGES))
-    return sorted((c for c in grid if c.BLOCK_M * c.BLOCK_N <= area and c[:4] != present[:4]), key=order)
+    smaller = (c for c in grid if c.BLOCK_M * c.BLOCK_N <= area and serves(c) <= serves(present))
+    return sorted((c for c in smaller if c[:4] != present[:4]), key=order)
 
 
 def write(arch: str, chosen: Entries) -> None:
