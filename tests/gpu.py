@@ -64,13 +64,28 @@ SCHEDULES = [
     for D in (64, 128, 256)
     for M, N in ((600, 600), (700, 128), (700, 32), (32, 700), (1, 4096))
 ]
+# what tables know apart besides; rows of a bias are loaded by vectors only where N is a multiple of 16
+FULL_TILES = ((600, 600), (700, 77), (32, 700))
+OPTIONS = [
+    replace(REAL, name=f"{M} x {N}, D {D}, {' '.join(asked)}", M=M, N=N, D=D, Hq=8, Hk=4, **asked)
+    for asked, shapes in (
+        (dict(gate="head"), (*FULL_TILES, (700, 32), (1, 4096))),
+        (dict(bias=(1, 1, 1, 1)), (*FULL_TILES, (600, 592), (700, 80), (32, 704))),
+        (dict(mask="ranges", gate="head"), FULL_TILES),
+        (dict(dropout_p=0.1), FULL_TILES),
+        (dict(mask="padding", bias=(1, 1, 1, 1), gate="head", dropout_p=0.1), FULL_TILES),
+    )
+    for D in (64, 128, 256)
+    for M, N in shapes
+] + [replace(REAL, name=f"D {D}, ranges", mask="ranges", D=D) for D in (40, 72, 160)]
 
 
 def cases() -> list[Case]:
     small = with_dtypes(FEATURES, torch.float32, *HALF)
     sizes = with_dtypes(SIZES, torch.float32, *HALF)
     models = with_dtypes(MODELS, *HALF) + with_dtypes(MODELS[:1] + MODELS[4:5], torch.float32)
-    return small + sizes + models + with_dtypes(SCHEDULES, torch.float32, torch.bfloat16)
+    schedules = with_dtypes(SCHEDULES, torch.float32, torch.bfloat16) + with_dtypes(OPTIONS, torch.bfloat16)
+    return small + sizes + models + schedules
 
 
 def bitwise() -> list[Row]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossattn_kernels import tuning
+from crossattn_kernels import trial, tuning
 from crossattn_kernels.problem import Problem
 from crossattn_kernels.testing import Row, draw
 from tests.gpu_models import NAMES, models
@@ -65,20 +65,6 @@ def test_without_a_gpu(monkeypatch, capsys):
     assert gpu.main() == 2 and "needs an NVIDIA GPU" in capsys.readouterr().out
 
 
-def problem_of(case):
-    """What `plan` looks at, without drawing the inputs."""
-    c, by_range = (
-        case,
-        (None, "lengths", "ranges", "head ranges", "packed", "media", "previous media", "causal", "window"),
-    )
-    asked = (c.bias, c.gate, c.softcap, c.dropout_p or None, c.scale if isinstance(c.scale, str) else None)
-    return Problem(
-        c.B, c.Hq, c.Hk, c.M, c.N, c.D, c.Dv or c.D, c.dtype, torch.device("meta"), masked=c.mask is not None,
-        plain=c.mask in by_range and c.empty_rows == "zero" and all(a is None for a in asked),
-        shares_q=(c.share or "").startswith("q"), shares_k=(c.share or "").startswith("kv"),
-    )  # fmt: skip
-
-
 def configurations(problem):
     """(kernel, tiles, warps, stages) of all kernels that a call launches, without the number of splits."""
     plan = tuning.plan(problem)
@@ -92,13 +78,22 @@ def test_every_configuration_is_among_the_cases():
     """Each schedule, dtype and padded head size, plain and not, at the sizes that use its tiles whole."""
     seen = set()
     for case in gpu.cases():
-        seen |= configurations(problem_of(case))
+        seen |= configurations(trial.problem_of(case, torch.device("meta"))) if case.M * case.N else set()
     for dtype in (torch.float32, torch.bfloat16):
         for D in (64, 128, 256):
             for M, N in ((4096, 4096), (4096, 128), (4096, 32), (32, 4096), (1, 4096)):
                 for kind in (dict(), dict(masked=True), dict(masked=True, plain=False)):
                     problem = Problem(2, 8, 4, M, N, D, D, dtype, torch.device("meta"), **kind)
                     assert configurations(problem) <= seen, (dtype, D, M, N, kind)
+    options = [
+        dict(extras=1), dict(extras=1, pairwise=True), dict(extras=1, pairwise=True, scattered=True), dict(extras=2),
+        dict(extras=1, drops=True), dict(extras=4),
+    ]  # fmt: skip
+    for D in (64, 128, 256):
+        for M, N in ((4096, 4096), (4096, 77), (32, 4096)):
+            for kind in options:
+                problem = Problem(2, 8, 4, M, N, D, D, torch.bfloat16, torch.device("meta"), plain=False, **kind)
+                assert configurations(problem) <= seen, (D, M, N, kind, configurations(problem) - seen)
 
 
 def test_cases_can_be_drawn():
