@@ -17,7 +17,7 @@ import torch
 
 from crossattn_kernels.aot import Call, calls, sweep
 from crossattn_kernels.problem import Problem, canonical
-from crossattn_kernels.testing import FEATURES, SIZES, Case, check, poisoned
+from crossattn_kernels.testing import FEATURES, PLAIN, SIZES, Case, check, poisoned
 from crossattn_kernels.tuning import assumed, force, plan
 from tests.ptx.driver import executing
 
@@ -40,11 +40,26 @@ WIDE = [
 SOME = ("plain", "mask all fields", "dropout", "everything", "everything by channel")
 
 
-# the battery's names of what the compiler's sweep calls otherwise
-KINDS = {
-    "plain": "plain", "ranges": "mask ranges", "keys": "mask padding", "blocks": "mask blocks",
-    "bias": "bias (0, 1, 1, 1)", "row gate": "gate head", "channel gate": "gate channel", "everything": "everything",
-}  # fmt: skip
+BIAS = dict(bias=(0, 1, 1, 1))
+# what the kinds of the compiler's sweep ask for, as cases of the battery
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ranges": dict(mask="ranges"),
+    "keys": dict(mask="padding"),
+    "blocks": dict(mask="blocks"),
+    "bits": dict(mask="dense"),
+    "bias": BIAS,
+    "row gate": dict(gate="head"),
+    "channel gate": dict(gate="channel"),
+    "dropout": dict(dropout_p=0.2),
+    "keys, bias": dict(mask="padding", **BIAS),
+    "ranges, gate": dict(mask="ranges", gate="head"),
+    "ranges, softcap": dict(mask="ranges", softcap=2.0),
+    "bits, ranges": dict(mask="all fields"),
+    "keys, bias, dropout": dict(mask="padding", dropout_p=0.2, **BIAS),
+    "gate, dropout": dict(gate="head", dropout_p=0.2),
+    "everything": vars(next(c for c in FEATURES if c.name == "everything")),
+}
 KERNELS = {"two-pass": ("dq", "dkv"), "short keys": ("dkv",), "short queries": ("short_queries",)}
 
 
@@ -69,10 +84,9 @@ def _swept(call: Call, arch: str) -> tuple[Case, dict[str, Any]]:
     shape, (q, k, v), rest = calls.arguments(call)
     with assumed(arch):
         full = plan(Problem.of(*canonical(q, k, v, **rest)))
-    case = replace(
-        next(c for c in FEATURES if c.name == KINDS[call.kind]), B=1, Hq=2 * shape.Hq // shape.Hk, Hk=2, D=shape.D,
-        M=min(shape.M, 140), N=min(shape.N, 270), layout="bshd", dtype=calls.DTYPES[call.dtype],
-    )  # fmt: skip
+    sizes = dict(B=1, Hq=2 * shape.Hq // shape.Hk, Hk=2, D=shape.D, M=min(shape.M, 140), N=min(shape.N, 270))
+    how = dict(name=str(call), layout="bshd", dtype=calls.DTYPES[call.dtype])
+    case = replace(PLAIN, **KINDS[call.kind] | sizes | how)
     forced = ("backward_schedule", "forward", "bias_grad", *KERNELS[full.backward_schedule])
     return case, {field: getattr(full, field) for field in forced}
 
