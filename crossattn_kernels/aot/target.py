@@ -35,6 +35,9 @@ class Binaries:
     def load_binary(self, *_: Any) -> tuple[Any, ...]:
         return "module", None, 0, 0, 1024  # module, function, registers, spills, threads a program may have
 
+    def unload_module(self, module: Any) -> None:
+        """Triton 3.9 asks for it when nobody holds a kernel any more."""
+
     def get_device_properties(self, device: int) -> dict[str, int]:
         return dict(max_shared_mem=2**31)
 
