@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from crossattn_kernels.problem import Inputs, Options
@@ -25,6 +27,8 @@ KEYS = 1024  # keys in one tile
 # PyTorch's flash kernel, as measured
 PART = 2**16  # logits that take it as long as a call takes besides
 ROWS, BLOCK = 192, 256  # queries from which on it is fast, forward and backward
+
+Rows = NDArray[np.integer[Any]]  # one number a query
 
 
 def finite(t: Tensor) -> bool:
@@ -97,32 +101,35 @@ def parts(call: Call, backward: bool = False) -> Iterator[Part]:
             first = bottom
 
 
-def _ranges(call: Call, batch: slice) -> tuple[Tensor, Tensor, bool]:
+def _ranges(call: Call, batch: slice) -> tuple[Rows, Rows, bool]:
     """(first, last + 1) key of every query, (M,), over all heads of these entries; True if heads and entries agree."""
     x = call.x
     _, _, M, N = x.sizes
-    start = torch.zeros(1, 1, 1, dtype=torch.int32) if x.start is None else of(x.start, batch).clamp(min=0)
-    end = torch.full((1, 1, 1), N, dtype=torch.int32) if x.end is None else of(x.end, batch).clamp(max=N)
-    start, end = torch.broadcast_tensors(start, end)
+    start = np.zeros((1, 1, 1), np.int32) if x.start is None else of(x.start, batch).numpy().clip(0)
+    end = np.full((1, 1, 1), N, np.int32) if x.end is None else of(x.end, batch).numpy().clip(None, N)
     empty = start >= end
-    start, end = start.masked_fill(empty, N), end.masked_fill(empty, 0)
+    start, end = np.where(empty, N, start), np.where(empty, 0, end)
     if call.free is not None:
-        free = of(call.free, batch)
-        start, end = start.masked_fill(free, 0), end.masked_fill(free, N)
+        free = of(call.free, batch).numpy()
+        start, end = np.where(free, 0, start), np.where(free, N, end)
     agree = start.shape[:2] == (1, 1)
-    return start.amin((0, 1)).expand(M), end.amax((0, 1)).expand(M), agree
+    return np.broadcast_to(start.min((0, 1)), M), np.broadcast_to(end.max((0, 1)), M), agree
 
 
-def _stairs(start: Tensor, end: Tensor) -> list[tuple[int, int]]:
+def _stairs(start: Rows, end: Rows) -> list[tuple[int, int]]:
     """(first, last + 1) of long stretches of queries that see one key, then two, and so on."""
-    breaks = ((start[1:] != start[:-1]) | (end[1:] != end[:-1] + 1)).nonzero().flatten() + 1
-    bounds = torch.cat((breaks.new_tensor([0]), breaks, breaks.new_tensor([start.numel()])))
-    first, last = bounds[:-1], bounds[1:]
+    first, last = _stretches((np.diff(start) != 0) | (np.diff(end) != 1))
     long = (last - first >= ROWS) & (end[first] == start[first] + 1)
     return list(zip(first[long].tolist(), last[long].tolist()))
 
 
-def _runs(start: Tensor, end: Tensor, heads: int, alike: bool, rows: int, step: int = 16) -> Iterator[Part]:
+def _stretches(change: NDArray[np.bool_]) -> tuple[Rows, Rows]:
+    """(first, last + 1) of the stretches of queries between changes; change: (M - 1,), True before a new one."""
+    bounds = np.concatenate(([0], change.nonzero()[0] + 1, [change.size + 1]))
+    return bounds[:-1], bounds[1:]
+
+
+def _runs(start: Rows, end: Rows, heads: int, alike: bool, rows: int, step: int = 16) -> Iterator[Part]:
     """Neighbouring queries, joined while little of what they and their keys span is hidden, or they are few.
 
     start, end: (M,), M > 0; heads: of all entries; alike: all of them have the same ranges and nothing else is hidden;
@@ -150,28 +157,20 @@ def _runs(start: Tensor, end: Tensor, heads: int, alike: bool, rows: int, step: 
     yield run()
 
 
-def _groups(start: Tensor, end: Tensor, step: int) -> list[tuple[int, int, int, int, int]]:
+def _groups(start: Rows, end: Rows, step: int) -> list[tuple[int, int, int, int, int]]:
     """(first, last + 1, least start, largest end, keys seen by all of them) of neighbours with one range.
 
     Ranges that fewer than `step` queries share are taken together with others of the same `step` queries.
     """
-    change = ((start[1:] != start[:-1]) | (end[1:] != end[:-1])).nonzero().flatten() + 1
-    bounds = torch.cat((change.new_zeros(1), change, change.new_tensor([start.numel()])))
-    first, length = bounds[:-1], bounds.diff()
-    start, end, long, block = start[first], end[first], length >= step, first // step
-    opens = torch.ones_like(long)
-    opens[1:] = long[1:] | long[:-1] | (block[1:] != block[:-1])
-    group = opens.cumsum(0) - 1
-    first = first[opens]
-    zeros, ints = torch.zeros_like(first), torch.zeros_like(first, dtype=start.dtype)
-    columns = (
-        first,
-        torch.cat((first[1:], bounds[-1:])),
-        ints.scatter_reduce(0, group, start, "amin", include_self=False),
-        ints.scatter_reduce(0, group, end, "amax", include_self=False),
-        zeros.index_add(0, group, length * (end - start).clamp(min=0)),
-    )
-    return list(zip(*(t.tolist() for t in columns)))
+    first, last = _stretches((np.diff(start) != 0) | (np.diff(end) != 0))
+    start, end, length, block = start[first], end[first], last - first, first // step
+    long = length >= step
+    at, _ = _stretches(long[1:] | long[:-1] | (np.diff(block) != 0))
+    seen = np.add.reduceat(length * (end - start).clip(0), at)
+    first = first[at]
+    last = np.append(first[1:], last[-1])
+    columns = first, last, np.minimum.reduceat(start, at), np.maximum.reduceat(end, at), seen
+    return list(zip(*(column.tolist() for column in columns)))
 
 
 def by_keys(call: Call, work: list[Part]) -> list[Part]:
@@ -195,12 +194,14 @@ def _across(call: Call, batch: slice, rows: slice) -> list[Part]:
     if not call.by_range or x.q.dtype.itemsize == 2 or not call.finite:
         return []
     start, end, agree = _ranges(call, batch)
-    start, end = (t[rows].contiguous() for t in (start, end))
-    if not agree or (start[1:] < start[:-1]).any() or (end[1:] < end[:-1]).any():
+    start, end = start[rows], end[rows]
+    highest, empty = np.maximum.accumulate(end), start >= end
+    start, end = np.where(empty, highest, start), np.where(empty, highest, end)  # no keys, but where others see some
+    if not agree or (np.diff(start) < 0).any() or (np.diff(end) < 0).any():
         return []
     # in steps of what `_bounded` rounds to
-    low = torch.arange(int(start[0]) // 16 * 16, int(end[-1]), 16, dtype=start.dtype)
-    first, last = torch.searchsorted(end, low, right=True), torch.searchsorted(start, low + 15, right=True)
+    low = np.arange(start[0] // 16 * 16, end[-1], 16)
+    first, last = np.searchsorted(end, low, "right"), np.searchsorted(start, low + 15, "right")
     heads = x.sizes[1] * (batch.stop - batch.start)
     return [
         Part(
@@ -323,25 +324,19 @@ def visible(call: Call, part: Part) -> Tensor | None:
 
 
 def ranged(x: Inputs, part: Part, dtype: torch.dtype) -> Tensor:
-    """What the ranges hide, as a mask to add, (1|b, 1|Hq, 1|m, n); most of it is 0 and not compared."""
-    (_, _, n), low, high = size(part), part.keys.start, part.keys.stop
+    """What the ranges hide, as a mask to add, (1|b, 1|Hq, 1|m, n); keys that all see are not compared."""
+    (_, _, n), low = size(part), part.keys.start
     start, end = (None if t is None else of(t, part.batch, part.rows)[..., None] for t in (x.start, x.end))
-    shape = torch.broadcast_shapes(*(t.shape for t in (start, end) if t is not None))
+    shape = np.broadcast_shapes(*(t.shape for t in (start, end) if t is not None))
     mask = torch.zeros(*shape[:3], n, dtype=dtype)
-    key = torch.arange(low, high, dtype=torch.int32)
+    key = torch.arange(low, part.keys.stop, dtype=torch.int32)
     if start is not None:
-        rows, keys = _span(start > low), slice(0, max(0, int(start.max()) - low))
-        mask[:, :, rows, keys].masked_fill_(key[keys] < start[:, :, rows], -math.inf)
+        some = slice(0, max(0, int(start.max()) - low))
+        mask[..., some].masked_fill_(key[some] < start, -math.inf)
     if end is not None:
-        rows, keys = _span(end < high), slice(max(0, int(end.min()) - low), n)
-        mask[:, :, rows, keys].masked_fill_(key[keys] >= end[:, :, rows], -math.inf)
+        some = slice(max(0, int(end.min()) - low), n)
+        mask[..., some].masked_fill_(key[some] >= end, -math.inf)
     return mask
-
-
-def _span(hit: Tensor) -> slice:
-    """From the first to the last query, of (b, Hq, m, 1), that is hit."""
-    found = hit.any(0).any(0).flatten().nonzero().flatten().tolist()
-    return slice(found[0], found[-1] + 1) if found else slice(0, 0)
 
 
 def of(t: Tensor, batch: slice, rows: slice = slice(None)) -> Tensor:

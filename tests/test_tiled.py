@@ -226,12 +226,20 @@ def test_parts_worth_a_call():
     assert all((bottom - top) * (high - low) <= 2 * TILE and kind == "masked" for top, bottom, low, high, kind in wide)
 
 
-@pytest.mark.parametrize(
-    "M, N, left, right", [(900, 700, 100, 60), (700, 1500, 0, 0), (1500, 1201, 2000, 0), (600, 600, 9, 9)]
-)
-def test_parts_along_the_keys_cover_each_pair_once(M, N, left, right):
-    """What a query sees is spread over parts of the backward, which nothing counts twice."""
-    x, options = canonical(*(torch.zeros(2, 8, n, 8) for n in (M, N, N)), Mask.window(M, N, left, right))
+ALONG = {  # (M, N, mask, whether it is cut anew)
+    "window": (900, 700, Mask.window(900, 700, 100, 60), True),
+    "diagonal": (700, 1500, Mask.window(700, 1500, 0, 0), False),
+    "causal": (1500, 1201, Mask.window(1500, 1201, 2000, 0), False),
+    "band": (600, 600, Mask.window(600, 600, 9, 9), True),
+    "media": (1000, 640, Mask.media(torch.arange(1000)[None] % 100 == 50, 64, latest=False), True),
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_parts_along_the_keys_cover_each_pair_once(name):
+    """What a query sees is spread over parts of the backward, which nothing counts twice; some see nothing."""
+    M, N, mask, anew = ALONG[name]
+    x, options = canonical(*(torch.zeros(2, 8, n, 8) for n in (M, N, N)), mask)
     call = Call(x, options, None)
     before = list(parts(call, backward=True))
     times, seen = torch.zeros(2, M, N), options.mask(x).as_dense(2, 1, M, N)[:, 0]
@@ -240,7 +248,7 @@ def test_parts_along_the_keys_cover_each_pair_once(M, N, left, right):
         assert part.kind == "masked" or part in before
         view = times[part.batch, part.rows, part.keys]
         view += 1
-    assert len(found) > 1
+    assert len(found) > 1 and (found != before) is anew
     assert (times[seen] == 1).all() and times.max() == 1
 
 
