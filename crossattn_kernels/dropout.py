@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 LOW = 0xFFFFFFFF
+CACHED = 2**16  # draws whose words stay in a CPU's cache
 
 
 def threshold(dropout_p: float) -> int:
@@ -19,14 +20,16 @@ def threshold(dropout_p: float) -> int:
 
 
 def keep(seed: Tensor, dropout_p: float, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Bool, True where the probability is kept; the four index tensors broadcast against each other."""
-    draw = _philox(key, query, head, batch, seed)
-    return (draw >> 8) >= threshold(dropout_p)
+    """Bool (b, h, m, n), True where the probability is kept; batch (b,), head (h,), query (m,), key (n,): indices."""
+    batch, head, query = batch[:, None, None, None], head[:, None, None], query[:, None]
+    rows = query.shape[0] if query.is_cuda else CACHED // max(1, batch.shape[0] * head.shape[0] * key.shape[0])
+    words = (_philox(key, some, head, batch, seed) for some in query.split(max(1, rows)))
+    return torch.cat([(word >> 8) >= threshold(dropout_p) for word in words], 2)
 
 
 def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> Tensor:
-    """First of the four 32-bit words, as int64."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(c0.long(), c1.long(), c2.long(), c3.long())
+    """First of the four 32-bit words, as int64; the four words of the counter broadcast against each other."""
+    c0, c1, c2, c3 = c0.long(), c1.long(), c2.long(), c3.long()
     k0, k1 = seed & LOW, (seed >> 32) & LOW
     for _ in range(10):
         hi_a, lo_a = _multiply(0xD2511F53, c0)
@@ -37,7 +40,6 @@ def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> Ten
 
 
 def _multiply(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product, without leaving int64."""
-    low = a * (x & 0xFFFF)  # < 2^48
-    high = a * (x >> 16) + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low 32 bits of the 64-bit product, which int64 holds with its sign bit as one more digit."""
+    product = a * x
+    return (product >> 32) & LOW, product & LOW

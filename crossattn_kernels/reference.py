@@ -57,6 +57,6 @@ def probabilities(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
 def _dropout(x: Inputs, options: Options) -> Tensor:
     """0 where dropped, 1 / (1 - p) where kept: (B, Hq, M, N)."""
     assert x.seed is not None
-    b, h, m, n = torch.meshgrid(*(torch.arange(size, device=x.q.device) for size in x.sizes), indexing="ij")
+    b, h, m, n = (torch.arange(size, device=x.q.device) for size in x.sizes)
     keep = dropout.keep(x.seed, options.dropout_p, b, h, m, n + options.first_key)
     return keep.to(x.q.dtype) / (1 - options.dropout_p)

@@ -272,28 +272,30 @@ class Tile(NamedTuple):
     v: Tensor
 
 
-def _tiles(call: Call, part: Part, q: Tensor) -> Iterator[Tile]:
-    x, options, free = call.x, call.options, call.free
+def _tiles(call: Call, part: Part, q: Tensor, sloped: bool = False) -> Iterator[Tile]:
+    x, options, free, device = call.x, call.options, call.free, call.x.q.device.type
     for first in range(part.keys.start, part.keys.stop, KEYS):
         at = part._replace(keys=slice(first, min(first + KEYS, part.keys.stop)))
         k, v = (keys(t, at).to(q.dtype) for t in (x.k, x.v))
-        s, slope = _product(q, k.mT) * _scale(call, part.batch), None
+        s, slope = _product(q, k.mT).mul_(_scale(call, part.batch)), None
         if options.softcap:
-            s = torch.tanh(s / options.softcap)
-            slope, s = 1 - s * s, options.softcap * s
+            s = s.div_(options.softcap).tanh_()
+            slope, s = (s * s).neg_().add_(1) if sloped else None, s.mul_(options.softcap)
         bias = None if x.bias is None else of_bias(x.bias, at).to(s.dtype)
         seen = None if part.kind == "whole" else visible(call, at)
         if bias is not None:
-            s = s + bias
+            s += bias
             seen = (bias > -math.inf) if seen is None else seen & (bias != -math.inf)
         if seen is not None:
             # a value that is not finite reaches the queries that see it through their logits, and nobody else
-            s = s + (v * 0).sum(-1)[:, :, None].repeat_interleave(s.shape[1] // v.shape[1], 1)
-            k, v = (torch.where(t.isfinite(), t, 0) for t in (k, v))
-            s = torch.where(seen, s, -math.inf)
-            slope = None if slope is None else torch.where(seen, slope, 0)
+            if device != "cpu" or not (finite(k) and finite(v)):  # elsewhere to ask would wait
+                s += (v * 0).sum(-1)[:, :, None].repeat_interleave(s.shape[1] // v.shape[1], 1)
+                k, v = (torch.where(t.isfinite(), t, 0) for t in (k, v))
+            hidden = ~seen
+            s = s.masked_fill_(hidden, -math.inf)
+            slope = None if slope is None else slope.masked_fill_(hidden, 0)
         if free is not None and options.empty_rows == "uniform":
-            s = torch.where(of(free, part.batch, part.rows)[..., None], 0.0, s)
+            s = s.masked_fill_(of(free, part.batch, part.rows)[..., None], 0)
         yield Tile(at, s, slope, k, v)
 
 
@@ -315,16 +317,20 @@ def _scale(call: Call, batch: slice) -> float | Tensor:
     return call.options.scale if scale is None else of(scale, batch)[..., None, None].to(wide(call.x.q))
 
 
-def _dropped(call: Call, at: Part, p: Tensor) -> Tensor:
-    """p with its dropped entries 0 and the kept ones raised by 1 / (1 - dropout_p)."""
-    options, seed, device = call.options, call.x.seed, p.device
+def _kept(call: Call, at: Part, p: Tensor) -> Tensor | None:
+    """Bool, True where dropout keeps one of p, (b, Hq, m, n); None without dropout."""
+    options, seed, device = call.options, call.x.seed, call.x.q.device
     if not options.dropout_p:
-        return p
+        return None
     assert seed is not None
     batch, rows, keys = (torch.arange(s.start, s.stop, device=device) for s in (at.batch, at.rows, at.keys))
     head = torch.arange(p.shape[1], device=device)
-    index = batch[:, None, None, None], head[:, None, None], rows[:, None], keys + options.first_key
-    return torch.where(dropout.keep(seed, options.dropout_p, *index), p / (1 - options.dropout_p), 0)
+    return dropout.keep(seed, options.dropout_p, batch, head, rows, keys + options.first_key)
+
+
+def _dropped(call: Call, kept: Tensor | None, p: Tensor) -> Tensor:
+    """p, 0 where dropped and raised by 1 / (1 - dropout_p) where kept."""
+    return p if kept is None else torch.where(kept, p / (1 - call.options.dropout_p), 0)
 
 
 def _tile_forward(call: Call, part: Part, o: Tensor, lse: Tensor) -> None:
@@ -332,8 +338,8 @@ def _tile_forward(call: Call, part: Part, o: Tensor, lse: Tensor) -> None:
     q = queries(call.x.q, part).to(lse.dtype)
     if 0 < part.keys.stop - part.keys.start <= KEYS:
         tile = next(_tiles(call, part, q))
-        p = tile.s.softmax(-1).masked_fill(tile.s == -math.inf, 0)
-        o[at] = _product(_dropped(call, part, p), tile.v).to(o.dtype)
+        p = tile.s.softmax(-1).masked_fill_(tile.s == -math.inf, 0)
+        o[at] = _product(_dropped(call, _kept(call, part, p), p), tile.v).to(o.dtype)
         lse[at] = tile.s.logsumexp(-1)
         return
     high = torch.full(lse[at].shape, -math.inf, dtype=lse.dtype, device=q.device)
@@ -342,9 +348,9 @@ def _tile_forward(call: Call, part: Part, o: Tensor, lse: Tensor) -> None:
         new = torch.maximum(high, tile.s.amax(-1))
         pivot = new.masked_fill(new == -math.inf, 0)
         alpha = torch.exp(high - pivot)
-        p = torch.exp(tile.s - pivot[..., None])
+        p = tile.s.sub_(pivot[..., None]).exp_()
         total = total * alpha + p.sum(-1)
-        acc = acc * alpha[..., None] + _product(_dropped(call, tile.part, p), tile.v)
+        acc = acc.mul_(alpha[..., None]).add_(_product(_dropped(call, _kept(call, tile.part, p), p), tile.v))
         high = new
     total = total.masked_fill(total == 0, 1)
     o[at] = (acc / total[..., None]).to(o.dtype)
@@ -358,7 +364,7 @@ def _row_state(call: Call, part: Part, q: Tensor) -> tuple[Tensor, Tensor]:
     for tile in _tiles(call, part, q):
         new = torch.maximum(high, tile.s.amax(-1, keepdim=True))
         pivot = new.masked_fill(new == -math.inf, 0)
-        total = total * torch.exp(high - pivot) + torch.exp(tile.s - pivot).sum(-1, keepdim=True)
+        total = total * torch.exp(high - pivot) + tile.s.sub_(pivot).exp_().sum(-1, keepdim=True)
         high = new
     return high, 1 / total.masked_fill(total == 0, 1)
 
@@ -376,25 +382,25 @@ def _tile_backward(
     pivot = pivot.masked_fill(pivot == -math.inf, 0)
     scale = _scale(call, part.batch)
     dq = torch.zeros_like(q)
-    for tile in _tiles(call, part, q):
+    for tile in _tiles(call, part, q, sloped=True):
         hidden = tile.s == -math.inf
-        p = tile.s.softmax(-1) if alone else torch.exp(tile.s - pivot) * inverse
-        p = p.masked_fill(hidden, 0)
-        kept = _dropped(call, tile.part, p)
-        dp = _dropped(call, tile.part, _product(do, tile.v.mT)).masked_fill(hidden, 0)
+        p = tile.s.softmax(-1) if alone else tile.s.sub_(pivot).exp_().mul_(inverse)
+        p = p.masked_fill_(hidden, 0)
+        kept = _kept(call, tile.part, p)
+        dp = _dropped(call, kept, _product(do, tile.v.mT)).masked_fill_(hidden, 0)
         delta = (p * dp if alone else do.double() * o[at]).sum(-1, keepdim=True).to(lse.dtype)
-        ds = dp - delta  # 0 to the bit where a row sees a single key
-        ds = (p * (ds if dlse is None else ds + dlse[at][..., None])).masked_fill(hidden, 0)
-        _add(grads.v, tile.part, tile.part.keys, _transposed_product(kept, do, heads))
+        ds = dp.sub_(delta)  # 0 to the bit where a row sees a single key
+        ds = (ds if dlse is None else ds.add_(dlse[at][..., None])).mul_(p).masked_fill_(hidden, 0)
+        _add(grads.v, tile.part, tile.part.keys, _transposed_product(_dropped(call, kept, p), do, heads))
         if call.free is not None and call.options.empty_rows == "uniform":
-            ds = ds.masked_fill(of(call.free, part.batch, part.rows)[..., None], 0)
+            ds = ds.masked_fill_(of(call.free, part.batch, part.rows)[..., None], 0)
         if grads.bias is not None:
             total = of_bias(grads.bias, tile.part)
             total += ds.sum_to_size(total.shape)
         if tile.slope is not None:
-            ds = ds * tile.slope
+            ds = ds.mul_(tile.slope)
         dq += _product(ds, tile.k)  # without the scale
-        _add(grads.k, tile.part, tile.part.keys, _transposed_product(ds * scale, q, heads))
+        _add(grads.k, tile.part, tile.part.keys, _transposed_product(ds.mul_(scale), q, heads))
     if grads.scale is not None:
         grads.scale[at] += (dq * q).sum(-1)
     _add(grads.q, part, part.rows, dq * scale)

@@ -54,7 +54,7 @@ def test_philox_is_tritons(seed):
 
 
 def keep(seed: int, p: float, B: int = 1, H: int = 1, M: int = 1, N: int = 1, first_key: int = 0) -> Tensor:
-    axes = torch.meshgrid(*(torch.arange(n) for n in (B, H, M, N)), indexing="ij")
+    axes = [torch.arange(n) for n in (B, H, M, N)]
     return dropout.keep(torch.tensor(seed), p, *axes[:3], axes[3] + first_key)
 
 
