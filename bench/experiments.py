@@ -82,7 +82,17 @@ def sweep(field: str, heads: int, resident: int, splits: tuple[int, ...]) -> Cal
 
 BIASED = Case("bias", 2, 16, 16, 4096, 77, 128, bias=(1, 1, 1, 1), layout="bshd", source="a bias for every pair")
 VIDEO = Case("video", 1, 16, 16, 64, 65536, 64, layout="bshd", source="resampler, 64 latents, 256 frames of 256 tokens")
+EVEN = Case("even", 16, 20, 20, 448, 1536, 64, layout="bshd", source="Whisper, training, with keys to fill whole tiles")
 IN_ORDER = "The second product of a tile waits in the loop for the exponentials of the same tile instead of the next."
+SPECIALISED = "`warp_specialize=True`: one warp loads tiles of keys, and two warpgroups take half of the queries each."
+
+
+def specialised(*keys: int) -> Callable[[Plan], list[Way]]:
+    """By tiles of so many keys."""
+    tiles = {n: dict(forward=Config(128, n, 4, 2, descriptors=True)) for n in keys}
+    return lambda p: [Way(f"tiles of {n} keys", 0.95, tile, "specialised") for n, tile in tiles.items()]
+
+
 EXPERIMENTS = (
     Experiment(
         "delayed product, D = 128", IN_ORDER,
@@ -95,6 +105,17 @@ EXPERIMENTS = (
         "At D = 64 exponentials take 0.8 of the products' time, but two programs share a multiprocessor, and one "
         "multiplies while the other takes exponentials.",
         NAMED["W8a"].case, FORWARD, lambda p: [Way("in order", 1.1, variant="in order")],
+    ),
+    Experiment(
+        "specialised warps, D = 128", SPECIALISED,
+        "Warpgroups that do not wait for each other hide more of each other's exponentials, and hold no addresses; but "
+        "registers leave room for one program instead of two, and its first tile and its store are hidden by nothing.",
+        NAMED["W2a"].case, FORWARD, specialised(64, 128),
+    ),
+    Experiment(
+        "specialised warps, D = 64", SPECIALISED,
+        "As at D = 128.",
+        EVEN, FORWARD, specialised(64, 128),
     ),
     Experiment(
         "descriptors", "Tiles of keys are loaded through tensor descriptors instead of pointers.",

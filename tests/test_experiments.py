@@ -1,8 +1,12 @@
 """What is timed beside what ships: by which tiles and kernels, and what becomes of what fails; the log's page."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,19 +64,48 @@ def test_a_way_that_cannot_be_is_recorded(timed):
     assert row["status"] == "error" and row["detail"].startswith("ValueError: backward_schedule must be one of")
 
 
+PLANS = {"in order": {}, "specialised": dict(forward=Config(32, 32, 4, 2, descriptors=True))}
+
+
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 def test_variants_are_held_to_the_budget_and_are_not_what_ships(variant):
-    case, shipped, known = replace(CASE, N=200, dtype=torch.bfloat16), kernels.forward_here, dict(LAUNCHERS)
-    with variants.forward_by(variant):
+    case, shipped, known = replace(CASE, N=192, dtype=torch.bfloat16), kernels.forward_here, dict(LAUNCHERS)
+    with variants.forward_by(variant), tuning.force(**PLANS[variant]):
         assert kernels.forward_here is not shipped
         assert all(row.ok for row in check(case, "triton", "cpu"))
     assert kernels.forward_here is shipped and known == LAUNCHERS
 
 
-def test_variants_run_in_place_of_the_loop_that_ships(monkeypatch):
-    monkeypatch.setitem(variants.VARIANTS, "none", None)
-    with variants.forward_by("none"), pytest.raises(Exception, match="not callable"):
+@pytest.mark.parametrize("name", ["whole_tiles", "forward_kernel"])
+def test_variants_run_in_place_of_what_ships(monkeypatch, name):
+    monkeypatch.setitem(variants.VARIANTS, "none", SimpleNamespace(__name__=name))
+    with variants.forward_by("none"), pytest.raises(Exception, match="'types.SimpleNamespace' object is not"):
         check(replace(CASE, N=200), "triton", "cpu")
+
+
+SPECIALISED = """
+import torch
+from bench.experiments import EXPERIMENTS, half, ways_of
+from bench.variants import forward_by
+from crossattn_kernels import kernels, testing, tuning
+from crossattn_kernels.aot.target import launched, standing_in
+from crossattn_kernels.problem import canonical
+
+for experiment in EXPERIMENTS:
+    for way in ways_of(experiment, torch.device("meta")).values() if "specialised" in experiment.name else ():
+        case = half(experiment.case)
+        q, k = (torch.empty(1, 1, n, case.D, dtype=case.dtype, device="meta") for n in (case.M, case.N))
+        with standing_in("sm_90"), forward_by(way.variant), tuning.force(**way.changes):
+            kernels.forward_here(*canonical(q, k, k))
+            print(*["setmaxnreg" in kernel.asm["ptx"] for *_, kernel in launched()])
+"""
+
+
+def test_warps_are_specialised():
+    """Where Triton cannot, it compiles the plain loop and says nothing."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", SPECIALISED], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 4, done.stderr[-2000:]
 
 
 def test_all_ways_can_be_planned_on_an_h200():
