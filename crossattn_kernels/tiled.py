@@ -338,9 +338,11 @@ def _tile_forward(call: Call, part: Part, o: Tensor, lse: Tensor) -> None:
     q = queries(call.x.q, part).to(lse.dtype)
     if 0 < part.keys.stop - part.keys.start <= KEYS:
         tile = next(_tiles(call, part, q))
-        p = tile.s.softmax(-1).masked_fill_(tile.s == -math.inf, 0)
+        high, p = tile.s.amax(-1, keepdim=True), tile.s.softmax(-1)
+        empty = high == -math.inf
+        lse[at] = (high - p.amax(-1, keepdim=True).log()).masked_fill_(empty, -math.inf)[..., 0]
+        p = p.masked_fill_(empty, 0)
         o[at] = _product(_dropped(call, _kept(call, part, p), p), tile.v).to(o.dtype)
-        lse[at] = tile.s.logsumexp(-1)
         return
     high = torch.full(lse[at].shape, -math.inf, dtype=lse.dtype, device=q.device)
     total, acc = torch.zeros_like(high), torch.zeros(o[at].shape, dtype=lse.dtype, device=q.device)

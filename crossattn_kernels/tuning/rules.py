@@ -93,7 +93,7 @@ def split_keys(config: Config, problem: Problem, chip: Chip) -> Config:
     p = problem
     if p.group > 1 and p.M < config.BLOCK_M // 2:
         config = config._replace(packed=True, BLOCK_M=min(config.BLOCK_M, max(16, power_of_two(p.M * p.group))))
-    if config.BLOCK_M <= 32:  # rows for two warps, and keys for the others
+    if config.BLOCK_M <= 32 and p.dtype.itemsize == 2:  # rows for two warps, and keys for the others
         config = config._replace(num_warps=min(config.num_warps, 4), BLOCK_N=min(config.BLOCK_N, 64))
     rows, heads = (p.M * p.group, p.Hk) if config.packed else (p.M, p.Hq)
     programs = -(-rows // config.BLOCK_M) * p.B * heads
