@@ -170,6 +170,13 @@ EXPERIMENTS = (
         "A spill is written and read in L1, once a tile; smaller tiles load the same bias and compute as much.",
         BIASED, FORWARD, lambda p: [Way("128 x 64", 1.1, dict(forward=Config(128, 64, 8, 2)))],
     ),
+    Experiment(
+        "small spills",
+        "Tiles of half the queries for dk and dv. With Triton 3.6 what ships spills 32 bytes a thread where keys do "
+        "not fill whole tiles, and these do not.",
+        "Two of four products are half as wide, and as each reads all keys from shared memory, take 1.5 times as long.",
+        NAMED["W8a"].case, ("dkv_kernel",), lambda p: [Way("32 x 128", 1.2, dict(dkv=Config(32, 128, 8, 3)))],
+    ),
 )  # fmt: skip
 
 
