@@ -162,6 +162,7 @@ def test_a_run_on_a_gpu_is_supervised(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 1)  # of a torch for CUDA it would ask the GPU
     monkeypatch.setattr(run, "compile_ahead", lambda todo, setting: None)
     monkeypatch.setattr(run, "supervise", supervise)
     assert run.main(["--device", "cuda", "--out", str(tmp_path), "--part", "host", "masked", "--commit", "abc"]) == 0
