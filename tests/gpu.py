@@ -9,25 +9,28 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import multiprocessing
 import os
-import re
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import MutableSequence, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import triton
 
+from bench.jobs import DONE, LEFT_OUT, PENDING, answers
+from bench.rows import path_of
+from bench.supervise import supervise
 from crossattn_kernels import Mask, cross_attention, cross_attention_chunked, explain
 from crossattn_kernels.testing import FEATURES, SIZES, Case, Row, check, draw, poisoned, run, with_dtypes
 
+BUDGET = 450.0  # seconds, after which no case is begun
+PATIENCE = 200.0  # seconds that one case may take; nearly all of it is compilation
 HALF = (torch.bfloat16, torch.float16)
 REAL = replace(FEATURES[0], B=2, Hq=8, Hk=4, M=777, N=1030, D=64)
 # the battery with tiles enough to be cut, and the shapes of published models
@@ -145,6 +148,7 @@ def graph() -> list[Row]:
         return y, *torch.autograd.grad(y, list(leaves.values()), call.dy)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # on which the inputs were drawn
     with torch.cuda.stream(side):
         eager = step()
     torch.cuda.synchronize()
@@ -173,6 +177,7 @@ CHECKS = dict(
 
 def record(name: str) -> dict:
     """Result of one case or check, by its name; whatever goes wrong is part of it."""
+    began = time.monotonic()
     try:
         if name in CHECKS:  # not poisoned: a graph cannot be captured while fresh memory is being filled
             rows, failure = CHECKS[name](), None
@@ -185,24 +190,51 @@ def record(name: str) -> dict:
     if not ok:
         over = {r.name: f"{r.error:.2e} > {r.budget:.2e}" for r in rows if not r.ok}
         print("FAILED", name, failure or over, flush=True)
-    return dict(case=name, ok=ok, failure=failure, results={r.name: [r.error, r.budget] for r in rows})
+    results = {r.name: [r.error, r.budget] for r in rows}
+    return dict(case=name, ok=ok, failure=failure, seconds=round(time.monotonic() - began, 1), results=results)
 
 
-def records(names: list[str], workers: int) -> list[dict]:
-    """In several processes, because nearly all of the time is compilation."""
-    if workers == 1:
-        return [record(name) for name in names]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=quiet) as pool:
-        futures = [pool.submit(record, name) for name in names]
-        return [_outcome(name, future) for name, future in zip(names, futures)]
+def work(names: Sequence[str], states: MutableSequence[int], deadlines: Sequence[float], lines: Path) -> None:
+    """Do what is pending and not late; returns early when the device no longer answers: a new process goes on."""
+    quiet()
+    for i, name in enumerate(names):
+        if states[i] != PENDING:
+            continue
+        if time.monotonic() > deadlines[i]:
+            states[i] = LEFT_OUT
+            continue
+        append(lines, record(name))
+        states[i] = DONE
+        if not answers("cuda"):
+            return
+        torch.cuda.empty_cache()  # other processes need memory too
 
 
-def _outcome(name: str, future: Future) -> dict:
-    try:
-        return future.result()
-    except BrokenProcessPool:  # a compiler or a driver that aborts takes its process along, and the pool with it
-        return dict(case=name, ok=False, failure="a worker process died before or during this case", results={})
+def append(lines: Path, outcome: dict) -> None:
+    """At once on disk: a run that is cut off keeps what it has."""
+    with lines.open("a") as file:
+        file.write(json.dumps(outcome) + "\n")
+
+
+def records(names: list[str], workers: int, lines: Path, budget: float) -> list[dict]:
+    """Outcomes of what was done within the budget, by several processes: nearly all of the time is compilation."""
+    deadline = time.monotonic() + budget
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    lines.write_text("")
+
+    def died(name: str, why: str) -> None:
+        append(lines, dict(case=name, ok=False, failure=why, results={}))
+
+    def share(worker: int) -> None:
+        mine = names[worker::workers]
+        supervise(work, mine, [deadline] * len(mine), (lines,), died, patience=PATIENCE)
+
+    threads = [threading.Thread(target=share, args=(i,)) for i in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [json.loads(line) for line in lines.read_text().splitlines()]
 
 
 def quiet() -> None:
@@ -213,30 +245,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-k", default="", help="only cases whose name contains this")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the report")
-    parser.add_argument(
-        "--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile and run"
-    )
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="no case is begun after it")
+    # two cores are left to what the compilers start
+    workers = max(1, min(14, (os.cpu_count() or 1) - 2))
+    parser.add_argument("--workers", type=int, default=workers, help="processes that compile and run")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("make gpu needs an NVIDIA GPU that this torch can use; there is none")
         return 2
-    quiet()
-    began = time.time()
-    done = records([name for name in (*CHECKS, *CASES) if args.k in name], args.workers)
-    bad = sum(not r["ok"] for r in done)
-    gpu = torch.cuda.get_device_name()
+    began, gpu = time.time(), torch.cuda.get_device_name()
+    names = [name for name in (*CHECKS, *CASES) if args.k in name]
+    path = path_of(args.out, f"{gpu}-parity").with_suffix(".json")
+    lines = path.with_suffix(".jsonl")
+    done = records(names, args.workers, lines, args.budget)
+    bad, left = sum(not r["ok"] for r in done), sorted(set(names) - {r["case"] for r in done})
     example = torch.zeros(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
     report = dict(
         gpu=gpu, capability=torch.cuda.get_device_capability(), torch=torch.__version__, triton=triton.__version__,
         commit=_commit(), date=datetime.date.today().isoformat(), seconds=round(time.time() - began, 1),
-        default_backend=explain(example, example, example).backend, passed=len(done) - bad, failed=bad,
+        default_backend=explain(example, example, example).backend, passed=len(done) - bad, failed=bad, left_out=left,
         cases=sorted(done, key=lambda r: r["case"]),
     )  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-parity.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{len(done) - bad} passed, {bad} failed in {report['seconds']} s on {gpu}: {path}")
-    return 1 if bad or not done else 0
+    lines.unlink()
+    late = f", {len(left)} left out, {args.budget:.0f} s were over" if left else ""
+    print(f"{len(done) - bad} passed, {bad} failed{late} in {report['seconds']} s on {gpu}: {path}")
+    return 1 if bad or left or not done else 0
 
 
 def _commit() -> str:

@@ -1,27 +1,28 @@
 """`make gpu` without a GPU: what the script does with results, failures and a missing device."""
 
-import importlib.util
 import json
+import multiprocessing
 import sys
-from pathlib import Path
+import time
+from functools import partial
 
 import pytest
 import torch
 
+from bench import supervise
 from crossattn_kernels import trial, tuning
 from crossattn_kernels.problem import Problem
 from crossattn_kernels.testing import Row, draw
+from tests import gpu
 from tests.gpu_models import NAMES, models
-
-SPEC = importlib.util.spec_from_file_location("gpu_script", Path(__file__).with_name("gpu.py"))
-gpu = importlib.util.module_from_spec(SPEC)
-sys.modules["gpu_script"] = gpu
-SPEC.loader.exec_module(gpu)
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine that says it has a GPU; the work itself is replaced in each test."""
+    """A machine that says it has a GPU; the work itself is replaced in each test, and done by forked processes."""
+    monkeypatch.setattr(gpu, "supervise", partial(supervise.supervise, method="fork"))
+    monkeypatch.setattr(gpu, "answers", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -30,21 +31,23 @@ def machine(monkeypatch):
     monkeypatch.setattr(gpu, "CHECKS", {"bitwise": lambda: [Row("y", 0.0, 0.0)]})
 
 
-def report_of(monkeypatch, tmp_path, check):
+def report_of(monkeypatch, tmp_path, check, *arguments):
     monkeypatch.setattr(gpu, "check", check)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--workers", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--workers", "2", "--out", str(tmp_path), *arguments])
     status = gpu.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["nvidia-test-1-parity.json"]
     return status, json.loads((tmp_path / "nvidia-test-1-parity.json").read_text())
 
 
 def test_passing(machine, monkeypatch, tmp_path):
     status, report = report_of(monkeypatch, tmp_path, lambda case, backend, device: [Row("y", 1.0, 2.0)])
     assert status == 0 and report["failed"] == 0 and report["passed"] == len(gpu.cases()) + 1
-    plain = {"case": "plain-float32", "ok": True, "failure": None, "results": {"y": [1.0, 2.0]}}
-    assert plain in report["cases"]
+    (plain,) = [case for case in report["cases"] if case["case"] == "plain-float32"]
+    assert plain["seconds"] >= 0 and plain["ok"] and plain["failure"] is None
+    assert plain["results"] == {"y": [1.0, 2.0]} and report["left_out"] == []
 
 
-def test_over_budget_and_raising(machine, monkeypatch, tmp_path, capsys):
+def test_over_budget_and_raising(machine, monkeypatch, tmp_path, capfd):
     def check(case, backend, device):
         if case.name == "plain":
             return [Row("y", float("nan"), 2.0)]
@@ -56,7 +59,42 @@ def test_over_budget_and_raising(machine, monkeypatch, tmp_path, capsys):
     failed = [c for c in report["cases"] if not c["ok"]]
     assert status == 1 and report["failed"] == len(failed) == 6
     assert "no such instruction" in next(c for c in failed if c["case"].startswith("softcap"))["failure"]
-    assert "FAILED plain-float32" in capsys.readouterr().out
+    assert "FAILED plain-float32" in capfd.readouterr().out
+
+
+def test_a_dead_process_and_a_device_that_does_not_answer(machine, monkeypatch, tmp_path):
+    """Each costs its case, and the cases after it are done by a process of their own."""
+    answers = multiprocessing.Value("b", True)
+
+    def check(case, backend, device):
+        if case.name == "softcap":
+            sys.exit(3)
+        if case.name == "plain":
+            answers.value = False
+            raise RuntimeError("illegal address")
+        return [Row("y", 0.0, 1.0)]
+
+    def once(device):
+        with answers:
+            now, answers.value = answers.value, True
+        return now
+
+    monkeypatch.setattr(gpu, "answers", once)
+    monkeypatch.setattr(gpu, "CHECKS", {})
+    status, report = report_of(monkeypatch, tmp_path, check, "-k", "float16")
+    failed = {c["case"]: c["failure"] for c in report["cases"] if not c["ok"]}
+    assert status == 1 and set(failed) == {f"{n}-{d}float16" for n in ("softcap", "plain") for d in ("", "b")}
+    assert "exit code 3" in failed["softcap-float16"] and "illegal address" in failed["plain-float16"]
+    assert report["passed"] == len([n for n in gpu.CASES if "float16" in n]) - 4
+
+
+def test_what_does_not_fit_the_budget_is_named(machine, monkeypatch, tmp_path, capsys):
+    """And it is no success."""
+    check = lambda case, backend, device: [Row("y", time.sleep(0.2) or 0.0, 1.0)]  # noqa: E731
+    status, report = report_of(monkeypatch, tmp_path, check, "-k", "mask", "--budget", "0.3")
+    left = len([n for n in gpu.CASES if "mask" in n]) - report["passed"]
+    assert status == 1 and report["failed"] == 0 and 0 < left == len(report["left_out"])
+    assert f"{left} left out" in capsys.readouterr().out
 
 
 def test_without_a_gpu(monkeypatch, capsys):
