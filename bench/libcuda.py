@@ -65,7 +65,7 @@ def launching(arch: str, arrived: Callable[[Arrived], None] | None = None) -> It
     """
     from crossattn_kernels import kernels
 
-    unsupported, kernels.unsupported = kernels.unsupported, lambda problem: ()
+    unsupported, kernels.unsupported = kernels.unsupported, lambda *asked: ()
     try:
         with standing_in(arch, Driver if arrived is None else told(arrived)):
             yield

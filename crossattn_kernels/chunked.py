@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crossattn_kernels.functional import BACKENDS, autocast, choose, draw_seed
 from crossattn_kernels.masks import Mask
-from crossattn_kernels.problem import EMPTY_ROWS, Inputs, Options, Problem, canonical, fit_gate, one_of, shapes
+from crossattn_kernels.problem import EMPTY_ROWS, Inputs, Options, canonical, fit_gate, one_of, shapes
 
 Pair = tuple[Tensor, Tensor]
 Chunk = Pair | Callable[[], Pair]
@@ -148,7 +148,7 @@ def _call(
     x, options = canonical(
         q, k, v, mask, bias=bias, scale=settings.scale, softcap=settings.softcap, dropout_p=settings.dropout_p
     )
-    backend = choose(Problem.of(x), settings.backend)
+    backend = choose(x.kind, settings.backend)
     # tensors expanded over the batch stay so: their gradients are summed by whoever expanded them
     expanded = dict(q=q, k=k, v=v) if x.q.shape != q.shape or x.k.shape != k.shape else {}
     return x._replace(**expanded, seed=seed), options._replace(first_key=piece.first, chunk=True), backend

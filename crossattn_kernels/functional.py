@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossattn_kernels import ops, reference, tuning
 from crossattn_kernels.masks import Mask
-from crossattn_kernels.problem import Inputs, Options, Problem, SharedBatch, canonical, is_expanded, one_of
+from crossattn_kernels.problem import Inputs, Kind, Options, Problem, SharedBatch, canonical, is_expanded, one_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -95,7 +95,7 @@ def cross_attention(
     x, options = canonical(
         q, k, v, mask, bias=bias, gate=gate, scale=scale, softcap=softcap, dropout_p=dropout_p, empty_rows=empty_rows
     )
-    chosen = choose(Problem.of(x), one_of("backend", backend, (None, *BACKENDS), q=q, k=k, v=v))
+    chosen = choose(x.kind, one_of("backend", backend, (None, *BACKENDS), q=q, k=k, v=v))
     if options.dropout_p:
         x = x._replace(seed=draw_seed(q.device, generator))
     y, lse = attend(x, options, chosen)
@@ -130,31 +130,30 @@ def explain(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, 
         arguments.pop(name, None)
     q, k, v = autocast(q, k, v)
     x, options = canonical(q, k, v, mask, **arguments)
-    problem = Problem.of(x, options)
-    chosen = choose(problem, one_of("backend", backend, (None, *BACKENDS), q=q, k=k, v=v))
+    chosen = choose(x.kind, one_of("backend", backend, (None, *BACKENDS), q=q, k=k, v=v))
     schedules = {
-        "torch": "PyTorch's CPU flash kernel where it can, else tiles" if problem.device.type == "cpu" else "tiles",
+        "torch": "PyTorch's CPU flash kernel where it can, else tiles" if q.device.type == "cpu" else "tiles",
         "reference": "the definition, quadratic memory",
     }
     reasons = {}
     for name in BACKENDS:
         if name != chosen:
-            reasons[name] = unsupported(problem, name) or _not_chosen(name, backend)
+            reasons[name] = unsupported(x.kind, name) or _not_chosen(name, backend)
     if chosen == "triton":
-        plan = tuning.plan(problem)
+        plan = tuning.plan(Problem.of(x, options))
         schedules["triton"] = f"forward {plan.forward_schedule}, backward {plan.backward_schedule}"
         reasons |= {name: (why,) for name, why in plan.reasons}
     return Explanation(chosen, schedules[chosen], reasons)
 
 
-def unsupported(problem: Problem, backend: str) -> tuple[str, ...]:
-    """Every reason why a backend cannot serve a problem."""
+def unsupported(kind: Kind, backend: str) -> tuple[str, ...]:
+    """Every reason why a backend cannot serve a call."""
     if backend == "triton":
         if not HAS_TRITON:
             return ("triton is not installed",)
         from crossattn_kernels import kernels
 
-        return kernels.unsupported(problem)
+        return kernels.unsupported(*kind)
     return ()
 
 
@@ -168,11 +167,11 @@ def _not_chosen(name: str, backend: str | None) -> tuple[str, ...]:
     }[name]
 
 
-def choose(problem: Problem, backend: str | None) -> str:
+def choose(kind: Kind, backend: str | None) -> str:
     """The backend that runs; NotImplementedError with every reason if an explicit one cannot."""
     if backend is None:
-        return "torch" if problem.device.type == "cpu" or unsupported(problem, "triton") else "triton"
-    reasons = unsupported(problem, backend)
+        return "torch" if kind[0].type == "cpu" or unsupported(kind, "triton") else "triton"
+    reasons = unsupported(kind, backend)
     if reasons:
         raise NotImplementedError(f"backend={backend!r} cannot serve this call: {'; '.join(reasons)}")
     return backend

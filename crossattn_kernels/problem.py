@@ -15,6 +15,7 @@ from crossattn_kernels.masks import Mask, as_range
 
 EMPTY_ROWS = ("zero", "uniform", "attend_all")
 Fields = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Kind = tuple[torch.device, torch.dtype, int, int]  # with D and Dv: what the choice of a backend looks at
 T = TypeVar("T")
 SPEC = {"q": "(B, Hq, M, D)", "k": "(B, Hk, N, D)", "v": "(B, Hk, N, Dv)"}
 
@@ -39,6 +40,10 @@ class Inputs(NamedTuple):
         """(B, Hq, M, N)."""
         (entries, Hq, M, _), (others, _, N, _) = self.q.shape, self.k.shape
         return max(entries, others) if entries and others else 0, Hq, M, N
+
+    @property
+    def kind(self) -> Kind:
+        return self.q.device, self.q.dtype, self.q.shape[3], self.v.shape[3]
 
     @property
     def group(self) -> int:
@@ -67,9 +72,6 @@ class Options(NamedTuple):
         return Mask(x.start, x.end, x.keys, x.visible, self.query_group, self.key_group)
 
 
-AS_USUAL = Options()
-
-
 class Problem(NamedTuple):
     """Sizes, type and demands of one call: what schedules, explanations and cost models look at."""
 
@@ -96,28 +98,26 @@ class Problem(NamedTuple):
     aligned: bool = True  # rows of q, k, v begin at multiples of 16 bytes
 
     @staticmethod
-    def of(x: Inputs, options: Options | None = None) -> Problem:
-        """Without options, what the choice of a backend looks at; with them also what that of a schedule does."""
+    def of(x: Inputs, options: Options) -> Problem:
         B, Hq, M, N = x.sizes
         (entries, _, _, D), (others, Hk, _, _) = x.q.shape, x.k.shape
-        asked = options or AS_USUAL
         sifted, ranged = not x.keys is x.visible is x.bias is None, not x.start is x.end is None
-        changed = bool(asked.softcap), bool(asked.dropout_p), asked.empty_rows != "zero"
-        pairwise, grouped = not x.visible is x.bias is None, asked.query_group * asked.key_group > 1
+        changed = bool(options.softcap), bool(options.dropout_p), options.empty_rows != "zero"
+        pairwise, grouped = not x.visible is x.bias is None, options.query_group * options.key_group > 1
         return Problem(
             B, Hq, Hk, M, N, D, x.v.shape[3], x.q.dtype, x.q.device,
             masked=ranged or not x.keys is x.visible is None,
             biased=x.bias is not None,
             plain=not sifted and x.gate is x.scale is None and not any(changed),
-            sifts=sifted or asked.empty_rows == "uniform",
+            sifts=sifted or options.empty_rows == "uniform",
             extras=ranged + sum(changed) + sum(t is not None for t in (x.keys, x.visible, x.bias, x.gate, x.scale)),
             pairwise=pairwise,
             scattered=pairwise and (grouped or N % 16 != 0),
-            drops=bool(asked.dropout_p),
+            drops=bool(options.dropout_p),
             shares_q=entries < B,
             shares_k=others < B,
-            chunk=asked.chunk,
-            aligned=options is None or all(_rows_aligned(t) for t in (x.q, x.k, x.v)),
+            chunk=options.chunk,
+            aligned=all(_rows_aligned(t) for t in (x.q, x.k, x.v)),
         )  # fmt: skip
 
     @property

@@ -89,7 +89,7 @@ def test_explain_an_explicit_backend(backend):
 
 def test_explain_on_a_gpu(monkeypatch):
     """A meta tensor is not on the CPU either; the kernels are told to have no objection."""
-    monkeypatch.setattr(functional, "unsupported", lambda problem, backend: ())
+    monkeypatch.setattr(functional, "unsupported", lambda kind, backend: ())
     said = explain(**qkv(device="meta"))
     assert said.backend == "triton" and said.schedule == "forward stream, backward short keys"
     assert said.reasons["torch"] == ("the Triton kernels can serve this call",)

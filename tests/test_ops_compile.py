@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crossattn_kernels import Mask, cross_attention, tiled
+from crossattn_kernels.problem import Problem
 from crossattn_kernels.testing import draw
 from tests.border import (
     EVERYTHING,
@@ -62,6 +63,13 @@ def test_compile_once_for_all_sizes():
             same(results(f, tensors), results(partial(cross_attention, backend="torch"), tensors))
     finally:
         torch._dynamo.config.error_on_recompile = before
+
+
+def test_what_schedules_look_at_is_not_traced(monkeypatch):
+    """torch 2.11 cannot add the symbolic bools that sizes of unknown value make of a `Problem`."""
+    monkeypatch.setattr(Problem, "of", lambda *_: pytest.fail("traced"))
+    tensors, f = list(leaves(EVERYTHING).values()), attend(EVERYTHING, "torch")
+    results(compiled(f, dynamic=True), tensors)
 
 
 @backends

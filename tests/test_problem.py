@@ -287,10 +287,11 @@ def test_bytes_by_hand(dtype, size):
 
 
 def test_problem_of_a_call():
-    x, _ = canonical(**call(mask=flags(M, N), bias=zeros(N), q=zeros(1, HQ, M, D)))
+    x, options = canonical(**call(mask=flags(M, N), bias=zeros(N), q=zeros(1, HQ, M, D)))
     expected = Problem(
         B, HQ, HK, M, N, D, DV, torch.float32, torch.device("cpu"),
         masked=True, biased=True, plain=False, sifts=True, extras=2, pairwise=True, scattered=True, shares_q=True,
+        aligned=False,
     )  # fmt: skip
-    assert Problem.of(x) == expected and expected.group == 2
-    assert Problem.of(Inputs(x.q, x.k, x.v)).masked is False
+    assert Problem.of(x, options) == expected and expected.group == 2
+    assert Problem.of(Inputs(x.q, x.k, x.v), options).masked is False

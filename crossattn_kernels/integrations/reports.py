@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from crossattn_kernels.functional import choose
-from crossattn_kernels.problem import Problem
 
 HERE = "crossattn"
 
@@ -50,4 +49,4 @@ def runs_here(device: torch.device, dtype: torch.dtype = torch.float32, size: in
     """`crossattn (triton)`: with the backend for heads of `size` there; a model on meta will run on the GPU, if any."""
     if device.type == "meta":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return f"{HERE} ({choose(Problem(1, 1, 1, 1, 1, size, size, dtype, device), None)})"
+    return f"{HERE} ({choose((device, dtype, size, size), None)})"

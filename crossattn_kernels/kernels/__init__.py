@@ -14,7 +14,7 @@ from crossattn_kernels.kernels.bias_grad import bias_grad
 from crossattn_kernels.kernels.forward import forward as forward_here
 from crossattn_kernels.kernels.short_queries import short_queries
 from crossattn_kernels.kernels.views import INTERPRETED
-from crossattn_kernels.problem import Inputs, Options, Problem
+from crossattn_kernels.problem import Inputs, Options
 from crossattn_kernels.tiled import Gradients
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -66,13 +66,13 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 HERE = contextlib.nullcontext()
 
 
-def unsupported(problem: Problem) -> tuple[str, ...]:
-    """Every reason why the kernels cannot serve a problem."""
+def unsupported(device: torch.device, dtype: torch.dtype, D: int, Dv: int) -> tuple[str, ...]:
+    """Every reason why the kernels cannot serve such tensors."""
     reasons = []
-    if problem.device.type != "cuda" and not (problem.device.type == "cpu" and INTERPRETED.value):
-        reasons.append(f"the tensors are on {problem.device}, not on a GPU")
-    if problem.dtype.itemsize > 4:
-        reasons.append(f"{problem.dtype} is wider than fp32")
-    if max(problem.D, problem.Dv) > 256:
-        reasons.append(f"head sizes go up to 256, got D = {problem.D} and Dv = {problem.Dv}")
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED.value):
+        reasons.append(f"the tensors are on {device}, not on a GPU")
+    if dtype.itemsize > 4:
+        reasons.append(f"{dtype} is wider than fp32")
+    if D > 256 or Dv > 256:
+        reasons.append(f"head sizes go up to 256, got D = {D} and Dv = {Dv}")
     return tuple(reasons)

@@ -117,6 +117,6 @@ def executing(
         stand_in.utils = Binaries(arch, edit, dict(races=races, eager=eager))
         with (
             mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _ptx_is_the_binary),
-            mock.patch.object(kernels, "unsupported", lambda problem: ()),
+            mock.patch.object(kernels, "unsupported", lambda *asked: ()),
         ):
             yield executed
