@@ -5,6 +5,7 @@ The rest of the tests binds kernels to Triton's interpreter, so these compile in
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import crossattn_kernels
 from crossattn_kernels import cli
 from crossattn_kernels.aot import Call, calls, choose, sweep, workers
-from crossattn_kernels.aot.machine_code import instructions, overlapped, programs
+from crossattn_kernels.aot.machine_code import instructions, overlapped, overwritten, programs
 from crossattn_kernels.aot.report import SCHEMA
 from crossattn_kernels.kernels.launch import CONFIGS
 from crossattn_kernels.problem import Problem, canonical
@@ -112,6 +113,7 @@ def check(arch, row):
     elif arch == "sm_90":
         assert row["hgmma"] and not row.get("hmma"), row
         assert row["waits"] <= row["hgmma"] / 2, f"ptxas serialised the products: {row}"
+        assert not row.get("overwritten"), f"ptxas overwrites what a product reads: {row}"
     elif arch == "sm_100":
         assert row["utchmma"] and not row.get("hmma"), row
     if arch == "sm_90" and (row["kernel"], row["shape"], row["kind"]) == ("forward_kernel", "two-pass", "plain"):
@@ -296,6 +298,41 @@ def test_instructions_and_what_runs_under_a_product():
     assert listing[0] == (0, "MUFU.EX2", "R1, R2") and listing[3][1] == "MUFU.EX2" and listing[-1][1:] == ("EXIT", "")
     assert overlapped(SASS) == 0.75
     assert overlapped(SASS.replace("BRA 0x10", "BRA 0xa0")) is None
+
+
+@pytest.mark.parametrize(
+    "address, instruction, expected",
+    [
+        ("0050", "MUFU.EX2 R7, R2", 1),  # the fourth register of the left operand
+        ("0050", "MUFU.EX2 R8, R2", 0),
+        ("0050", "LDS.128 R0, [R2]", 0),
+        ("0050", "LDS.128 R1, [R2]", 1),  # and R2 to R4
+        ("0050", "CS2R R2, SRZ", 0),
+        ("0050", "IMAD.WIDE R3, R9, 0x4, R10", 1),
+        ("0050", "SHFL.BFLY PT, R5, R9, 0x1, 0x1f", 1),
+        ("0050", "FSETP.GT.AND P0, PT, R5, R6, PT", 0),
+        ("0050", "STS.128 [R5], R4", 0),
+        ("0010", "MUFU.EX2 R7, R2", 0),  # nothing is under way
+        ("00a0", "MUFU.EX2 R7, R2", 0),  # it was waited for
+    ],
+)
+def test_what_a_product_reads_is_not_written_before_it_is_waited_for(address, instruction, expected):
+    assert overwritten(replaced(address, instruction)) == expected
+
+
+def test_a_product_that_is_under_way_around_a_loop():
+    code = replaced("0010", "MUFU.EX2 R7, R2")
+    assert overwritten(code) == 0
+    assert overwritten(replaced("0080", "WARPGROUP.DEPBAR.LE gsb0, 0x1", code)) == 1
+
+
+def replaced(address, instruction, code=SASS):
+    return re.sub(rf"(/\*{address}\*/\s+).*? ;", rf"\1{instruction} ;", code)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_report_has_no_product_whose_operand_is_overwritten(arch):
+    assert not [name(row) for row in report(arch)["rows"] if row.get("overwritten")]
 
 
 def test_amd_instructions():

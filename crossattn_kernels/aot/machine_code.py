@@ -45,6 +45,7 @@ class Figures(NamedTuple):
     waits: int  # for HGMMA: as many as there are HGMMA if ptxas serialised them
     exponentials: int
     overlapped: float | None  # share of a loop's exponentials issued while a product is under way (sm_90)
+    overwritten: int  # instructions that write what an HGMMA under way may still read: wrong code
     tma_loads: int
     wide_copies: int  # 16 bytes from global to shared memory
     narrow_loads: int  # 2 bytes
@@ -72,6 +73,7 @@ def figures(compiled: Any, arch: str, brief: bool = False) -> Figures:
         shared=shared,
         programs=programs(arch, registers, shared, threads),
         overlapped=overlapped(code),
+        overwritten=overwritten(code),
         **(counts | spills),
     )
 
@@ -136,6 +138,60 @@ def _hidden(loop: list[tuple[int, str, str]]) -> tuple[int, int]:
             elif opcode.startswith("MUFU.EX2"):
                 hidden, total = hidden + under_way, total + 1
     return hidden, total
+
+
+# instructions whose first operand is no register that they write, besides those of the uniform registers
+WRITE_NONE = re.compile(
+    r"[DFI]SETP|HSETP2|PLOP3|R2P|R2UR|ST[GLS]?|STSM|RED|LDGSTS|LDGDEPBAR|DEPBAR|WARP|BAR|BRA|BRX|CALL|RET|MEMBAR|"
+    r"CCTL|ERRBAR|FENCE|ARRIVES|SYNCS|U"
+)
+
+
+def overwritten(code: str) -> int:
+    """Instructions that write a register from which an HGMMA under way may still read its left operand.
+
+    The assembler must keep these until the product is waited for.  That of CUDA 12 does not always; fixed in CUDA 13.3,
+    see https://github.com/triton-lang/triton/pull/11781.
+    """
+    listing = list(instructions(code))
+    at = {address: i for i, (address, _, _) in enumerate(listing)}
+    found, seen = set(), set()
+    # all paths: an instruction, and the registers read by each group under way and by the one that is still open
+    todo: list[tuple[int, tuple[frozenset[int], ...], frozenset[int]]] = [(0, (), frozenset())]
+    while todo:
+        i, groups, last = todo.pop()
+        while i < len(listing) and (i, groups, last) not in seen:
+            seen.add((i, groups, last))
+            _, opcode, operands = listing[i]
+            if opcode.startswith("HGMMA"):
+                left = re.match(r"R\d+, R(\d+),", operands)
+                last |= _span(int(left[1]), 4) if left else frozenset()
+                if operands.endswith("gsb0"):
+                    groups, last = (*groups, last), frozenset()
+            elif opcode.startswith("WARPGROUP.DEPBAR"):
+                groups = groups[max(0, len(groups) - int(operands.split(", ")[1], 16)) :]
+            elif written(opcode, operands) & last.union(*groups):
+                found.add(i)
+            target = re.search(r"(0x[0-9a-f]+)$", operands) if opcode.startswith("BRA") else None
+            if target is not None:
+                todo.append((at[int(target[1], 16)], groups, last))
+            i += 1
+    return len(found)
+
+
+def written(opcode: str, operands: str) -> frozenset[int]:
+    """The registers that an instruction of NVIDIA's writes."""
+    register = re.match(r"(?:!?U?PT?\d?, )?R(\d+)(?=,|$)", operands)
+    if register is None or WRITE_NONE.match(opcode):
+        return frozenset()
+    if opcode.startswith("HMMA"):
+        return _span(int(register[1]), 4)
+    wide = re.search(r"\.128|\.M88\.4", opcode), re.search(r"\.64|\.M88\.2|WIDE|^D[AFM]|^CS2R(?!\.32)", opcode)
+    return _span(int(register[1]), 4 if wide[0] else 2 if wide[1] else 1)
+
+
+def _span(first: int, count: int) -> frozenset[int]:
+    return frozenset(range(first, first + count))
 
 
 def _numbers(pattern: str, text: str) -> tuple[int, ...]:
