@@ -46,7 +46,11 @@ def attend(x: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     elif _differentiated(x):
         y, _, lse, _, _ = CrossAttention.apply(*x, *options, backend)
     else:
-        y, _, lse, _, _ = CrossAttention.forward(*_alive(x), *options, backend)
+        x = Inputs(*_alive(x))
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            heard = _heard(x)
+            found = torch.ops.crossattn.forward(*x, *options, backend) if heard else _forward(x, options, backend)
+        y, _, lse, _, _ = found
     return y, lse
 
 
@@ -69,7 +73,10 @@ def forward_op(*call: Any) -> tuple[Tensor, ...]:
     state: (B, 2, Hq, M), the base-2 maximum of the logits and 1 / sum of 2^(s - maximum), for p without rounding twice
     free: bool (1|B, 1|Hq, M), rows that `empty_rows` fills
     """
-    x, options, backend = _unpack(call)
+    return _forward(*_unpack(call))
+
+
+def _forward(x: Inputs, options: Options, backend: str) -> tuple[Tensor, ...]:
     with _no_autocast(x):
         return _engine(backend).forward(x, options)
 
@@ -196,11 +203,16 @@ def _alive(args: Iterable[Any]) -> list[Any]:
 
 
 def _below_autograd(operator: Any, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """What the operator does without derivatives; where nobody listens to operators, the dispatcher is spared."""
-    others = () if PLAIN.issuperset(map(type, args)) else args
-    heard = torch._C._len_torch_dispatch_stack() or any(isinstance(t, Tensor) and type(t) not in PLAIN for t in others)
+    """What the operator does without derivatives."""
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return operator(*args) if heard else implementation(*args)
+        return operator(*args) if _heard(args) else implementation(*args)
+
+
+def _heard(args: Sequence[Any]) -> bool:
+    """Whether a mode or a kind of tensor listens to operators; where nobody does, the dispatcher is spared."""
+    others = () if PLAIN.issuperset(map(type, args)) else args
+    listening = any(isinstance(t, Tensor) and type(t) not in PLAIN for t in others)
+    return listening or torch._C._len_torch_dispatch_stack() > 0
 
 
 VALUES = {type(None), bool, int, float, str, list}
