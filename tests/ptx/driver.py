@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,9 +92,9 @@ def _put(held: Any, kind: str, value: Any, declared: str) -> None:
 
 
 def _ptx_is_the_binary(*found: Any) -> tuple[str, str] | None:
-    """Triton's hook on its stages: nothing assembles PTX; what is cached is kept apart from what is assembled."""
+    """Triton's hook on its stages: nothing assembles PTX."""
     if not found:
-        return "ptx", "ptx"
+        return "ptx", "ptx"  # part of the key of Triton's cache, except in Triton 3.6
     found[1]["cubin"] = lambda ptx, metadata: ptx.encode()
     return None
 
@@ -116,7 +117,9 @@ def executing(
         stand_in.launcher_cls = partial(Launch, executed=executed, seed=seed)
         stand_in.utils = Binaries(arch, edit, dict(races=races, eager=eager))
         with (
+            knobs.cache.scope(),
             mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _ptx_is_the_binary),
             mock.patch.object(kernels, "unsupported", lambda *asked: ()),
         ):
+            knobs.cache.dir = os.path.join(knobs.cache.dir, "ptx")
             yield executed

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 
 POISON = 0x7FFF  # NaN in every floating-point type, a wild address, a large integer
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -172,6 +173,11 @@ class Shared:
         self.unfenced[:] = False
 
 
+# Since 3.7 Triton fences copies from the products that read them (https://github.com/triton-lang/triton/pull/9610);
+# before, Hopper's products read without a fence what copies had written, against the letter of the manual
+COPIES_ARE_FENCED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+
+
 class Copies:
     """cp.async: what is copied arrives when it is waited for, and not a moment before."""
 
@@ -204,3 +210,5 @@ class Copies:
         data[wanted] = self.memory.load(lanes[wanted], source[wanted], 4, width // 4)
         self.shared.release(held)
         self.shared.store(lanes, to, data)
+        if not COPIES_ARE_FENCED:
+            self.shared.unfenced[to[:, None] + np.arange(width)] = False
