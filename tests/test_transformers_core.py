@@ -268,10 +268,10 @@ def test_versions(monkeypatch):
     extra = re.search(r'"transformers>=(\S+),<(\S+)"', (Path(__file__).parents[1] / "pyproject.toml").read_text())
     assert extra.groups() == integration.SUPPORTED
     calls = [integration.register, *(partial(f, nn.Linear(2, 2)) for f in (integration.apply, integration.report))]
-    for installed in ("4.57.1", "5.19.9", "6.0.0", "6.1.dev0"):
+    for installed in ("4.57.1", "5.16.9", "6.0.0", "6.1.dev0"):
         monkeypatch.setattr(versions, "version", lambda _, installed=installed: installed)
         for call in calls:
-            with pytest.raises(ImportError, match=f"^this needs transformers >= 5.20, < 6, but {installed} is inst"):
+            with pytest.raises(ImportError, match=f"^this needs transformers >= 5.17, < 6, but {installed} is inst"):
                 call()
-    monkeypatch.setattr(versions, "version", lambda _: "5.20.0rc1")
+    monkeypatch.setattr(versions, "version", lambda _: "5.17.0rc1")
     integration.register()

@@ -12,7 +12,7 @@ from crossattn_kernels.integrations import versions
 from crossattn_kernels.integrations.reports import Report
 
 # at least the first, less than the second; as the extra in pyproject.toml says
-SUPPORTED = ("5.20", "6")
+SUPPORTED = ("5.17", "6")
 
 
 def register() -> None:
