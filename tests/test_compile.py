@@ -151,8 +151,12 @@ def test_the_report_has_no_spills(arch):
     assert all(row["shared"] <= CHIPS[arch].shared for row in rows)
     assert all(row["waits"] <= row["hgmma"] / 2 for row in rows if row.get("hgmma")), "serialised products"
     spilled = [row for row in rows if row["stack"]]
-    assert {row["kind"] for row in spilled} <= {"everything"}
-    assert {(row["kernel"], row["shape"], row["D"]) for row in spilled} == BY_EVERY_TILE[arch]
+    half = [row for row in spilled if row["dtype"] != "fp32"]
+    assert {row["kind"] for row in half} <= {"everything"}
+    assert {(row["kernel"], row["shape"], row["D"]) for row in half} == BY_EVERY_TILE[arch]
+    full = [row for row in spilled if row["dtype"] == "fp32"]
+    assert {(row["kernel"], row["D"], row["kind"]) for row in full} == FULL_BY_EVERY_TILE[arch]
+    assert all(row["stack"] <= 64 for row in full)
 
 
 # calls with nine options at once, by kernel, shape and head size: no tile that was tried keeps them in registers, down
@@ -169,10 +173,15 @@ BY_EVERY_TILE = {
     },
     "sm_100": {
         ("dkv_kernel", "short keys", 64),
-        ("dkv_kernel", "two-pass", 64),  # fp32
         *[("dkv_kernel", shape, 128) for shape in ("short keys", "fewer keys")],
         *[("dkv_kernel", shape, 256) for shape in ("short keys", "fewer keys", "two-pass")],
     },
+}
+# fp32 likewise: its products take most of the registers, and dp takes four sums of them
+FULL_BY_EVERY_TILE = {
+    "sm_80": {("dkv_kernel", 64, "everything"), ("dkv_kernel", 256, "plain")},
+    "sm_90": {("bias_grad_kernel", 64, "everything")},
+    "sm_100": {("dkv_kernel", 64, "everything")},
 }
 
 

@@ -31,6 +31,7 @@ from crossattn_kernels.kernels.scores import (
 from crossattn_kernels.kernels.softmax import across, down, load_row, softmax_grad, weighed
 from crossattn_kernels.kernels.tiles import (
     dot,
+    dot_in_pairs,
     finite,
     load_rows,
     load_vec,
@@ -120,7 +121,7 @@ def dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N
     k_tile = load_rows(k, b, hk, keys, tl.arange(0, C.BLOCK_D), N, C.D, WHOLE)  # (BLOCK_N, BLOCK_D)
     v_tile = load_rows(v, b, hk, keys, tl.arange(0, C.BLOCK_DV), N, C.DV, WHOLE)  # (BLOCK_N, BLOCK_DV)
     qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
-    dyv = dot(do_tile, v_tile.T, None, C.TF32)
+    dyv = dot_in_pairs(do_tile, v_tile.T, C.TF32)
     s = scores(qk, logits, scale, b, h, rows, keys[None, :], M, N, WHOLE)
     p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows, keys[None, :], 1, C.ALONE, HIDES)
     if sums.gate is not None:
@@ -189,7 +190,7 @@ def dkv_tile(
     do_tile = load_rows(do, b, h, rows, tl.arange(0, C.BLOCK_DV), M, C.DV)  # (BLOCK_M, BLOCK_DV)
     row = across(load_row(known, b, h, rows, M))
     kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
-    vdy = dot(v_tile, do_tile.T, None, C.TF32)
+    vdy = dot_in_pairs(v_tile, do_tile.T, C.TF32)
     s = scores(kq, logits, scale, b, h, rows[None, :], keys, M, N, WHOLE)
     p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, rows[None, :], keys, 0, C.ALONE, HIDES)
     if sums.scale is not None:

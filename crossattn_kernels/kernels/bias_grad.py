@@ -10,7 +10,7 @@ from torch import Tensor
 from crossattn_kernels.kernels.backward import Backward
 from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, scores, touches
 from crossattn_kernels.kernels.softmax import down, load_row, softmax_grad
-from crossattn_kernels.kernels.tiles import at, dot, load_rows, program
+from crossattn_kernels.kernels.tiles import at, dot, dot_in_pairs, load_rows, program
 from crossattn_kernels.kernels.views import Rows, constant, view
 
 
@@ -40,7 +40,7 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, Hb
                     k_tile = load_rows(k, b, h // C.GROUP, keys, d, N, C.D)  # (BLOCK_N, BLOCK_D)
                     v_tile = load_rows(v, b, h // C.GROUP, keys, e, N, C.DV)  # (BLOCK_N, BLOCK_DV)
                     qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
-                    dyv = dot(do_tile, v_tile.T, None, C.TF32)
+                    dyv = dot_in_pairs(do_tile, v_tile.T, C.TF32)
                     s = scores(qk, logits, scale, b, h, rows[:, None], keys[None, :], M, N)
                     _, _, ds = softmax_grad(s, dyv, row, drop, b, h, rows[:, None], keys[None, :], 1, C.ALONE, C.HIDES)
                     acc += logit_grad(ds, logits, b, h, rows[:, None], M)

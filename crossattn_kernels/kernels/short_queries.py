@@ -18,7 +18,16 @@ from crossattn_kernels.kernels.scores import (
     through_softcap,
 )
 from crossattn_kernels.kernels.softmax import across, load_row, softmax_grad, weighed
-from crossattn_kernels.kernels.tiles import dot, finite, load_rows, packed_program, share, store_rows, store_vec
+from crossattn_kernels.kernels.tiles import (
+    dot,
+    dot_in_pairs,
+    finite,
+    load_rows,
+    packed_program,
+    share,
+    store_rows,
+    store_vec,
+)
 from crossattn_kernels.kernels.views import Rows, rows_view
 from crossattn_kernels.tiled import Gradients
 
@@ -42,7 +51,7 @@ def short_queries_kernel(q, k, v, do, dk, dv, sums, known, logits, drop, splits,
         k_tile = load_rows(k, b, hk, keys, d, N, C.D)  # (BLOCK_N, BLOCK_D)
         v_tile = load_rows(v, b, hk, keys, e, N, C.DV)  # (BLOCK_N, BLOCK_DV)
         kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
-        vdy = dot(v_tile, do_tile.T, None, C.TF32)
+        vdy = dot_in_pairs(v_tile, do_tile.T, C.TF32)
         s = scores(kq, logits, scale, b, heads, rows[None, :], keys[:, None], M, N)
         p, pv, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], keys[:, None], 0, C.ALONE, C.HIDES)
         if sums.gate is not None:

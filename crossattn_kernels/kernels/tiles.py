@@ -129,3 +129,24 @@ def dot(a, b, acc, TF32: tl.constexpr):
         exact = tl.dot(a.to(tl.float64), b.to(tl.float64), input_precision="ieee", out_dtype=tl.float64).to(tl.float32)
         return exact if acc is None else acc + exact
     return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def dot_in_pairs(a, b, TF32: tl.constexpr, HALVINGS: tl.constexpr = 2):
+    """a b in fp32, to be subtracted from a number close to it: fp32 products are added in four sums, then in pairs.
+
+    A GPU adds the products of an entry one after the other.  The halves are subtracted here, because Triton would make
+    one product of a sum of two.
+    """
+    if HALVINGS == 0 or INTERPRETED or TF32 or a.dtype != tl.float32 or a.shape[1] < 32:
+        return dot(a, b, None, TF32)
+    else:
+        a0, a1 = halves(a)
+        b0, b1 = halves(b.T)
+        return dot_in_pairs(a0, b0.T, TF32, HALVINGS - 1) - dot_in_pairs(-a1, b1.T, TF32, HALVINGS - 1)
+
+
+@triton.jit
+def halves(x):
+    """Left and right columns of (R, C), each (R, C / 2)."""
+    return tl.split(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)))
