@@ -32,5 +32,5 @@ def test_a_model_without_attention_has_a_report_too():
 def test_a_model_on_meta_is_reported_as_it_will_run(monkeypatch):
     assert runs_here(torch.device("meta")) == runs_here(torch.device("cpu")) == "crossattn (torch)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(reports, "choose", lambda problem, backend: f"{problem.device}, D {problem.D}")
+    monkeypatch.setattr(reports, "choose", lambda kind, backend: f"{kind[0]}, D {kind[2]}")
     assert runs_here(torch.device("meta"), size=40) == "crossattn (cuda, D 40)"
