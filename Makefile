@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 ARGS ?=
+# with what the system's python3 finds besides
+HERE := PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH}
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -36,16 +38,16 @@ bench: $(VENV)/.bench ## time against PyTorch, in one run
 	$(PY) -m pytest bench/ -p benchmark $(ARGS)
 
 bench-gpu: ## time against every peer on an NVIDIA GPU with the system's python3; ARGS="--part masked", OUT=dir
-	PYTHONPATH=. $(PYTHON) -m bench.run --device cuda $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(HERE) $(PYTHON) -m bench.run --device cuda $(if $(OUT),--out $(OUT)) $(ARGS)
 
 bench-layers-gpu: ## layers and models beside the library's own on an NVIDIA GPU, with the system's python3; OUT=dir
-	PYTHONPATH=. $(PYTHON) -m bench.layers --device cuda $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(HERE) $(PYTHON) -m bench.layers --device cuda $(if $(OUT),--out $(OUT)) $(ARGS)
 
 experiments-gpu: ## what was chosen beside what was not, on an NVIDIA GPU with the system's python3; OUT=dir
-	PYTHONPATH=. $(PYTHON) -m bench.experiments $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(HERE) $(PYTHON) -m bench.experiments $(if $(OUT),--out $(OUT)) $(ARGS)
 
-gpu: ## parity on an NVIDIA GPU with the system's python3: nothing is installed
-	PYTHONPATH=. $(PYTHON) tests/gpu.py $(ARGS)
+gpu: ## parity on an NVIDIA GPU with the system's python3: nothing is installed; ARGS="-k media", OUT=dir
+	$(HERE) $(PYTHON) tests/gpu.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
 clean: ## remove the environment, caches and builds
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

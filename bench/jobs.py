@@ -85,8 +85,8 @@ def _work(
 
 def prepare(workload: Named, setting: Setting) -> Prepared | str:
     """Drawn inputs and exact results; or why there are none."""
-    free(setting.device)
     try:
+        free(setting.device)
         known = truths(lambda seed: workload.inputs(setting.device, setting.small, seed))
         return Prepared(known, visible(known[0].call))
     except Exception as error:

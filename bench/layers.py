@@ -264,13 +264,18 @@ def main(argv: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     machine, found = rows.machine(name, args.commit), []
     path = rows.path_of(args.out, f"layers-{name}").with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.json")
+    part.parent.mkdir(parents=True, exist_ok=True)
     for what, (build, modes, _) in PAIRS.items():
         for mode in modes:
             found.append(dict(name=what, mode=mode, **timed(build, mode, args.device), **machine))
             print({k: v for k, v in found[-1].items() if k not in machine}, flush=True)
-            # at once: a run that is cut off keeps what it has measured
-            path.write_text("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
+            # at once: a run that is cut off keeps what it has measured, and the last complete one
+            part.write_text("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
+            if not jobs.answers(args.device):
+                print(f"the device no longer answers: {part}")
+                return 1
+    part.replace(path)
     print(path)
     return 0
 
@@ -278,17 +283,9 @@ def main(argv: list[str] | None = None) -> int:
 def timed(build: Callable[[Place], Pair], mode: str, device: str) -> dict[str, Any]:
     """Medians in microseconds of both, and their ratio; or why there are none."""
     try:
-        pair = checked(build, mode, device)
+        times = {who: clocked(run, device) for who, run in checked(build, mode, device).bind(mode).items()}
     except Exception as error:
         return dict(status=clocks.said(error))
-    times = {}
-    for who, run in pair.bind(mode).items():
-        if device == "cpu":
-            times[who] = clocks.on_cpu(run)
-        else:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                flush = torch.zeros(jobs.flush_bytes() // 4, device="cuda")
-                times[who] = clocks.on_cuda(run, flush)[0]
     shown: dict[str, Any] = dict(status="ok")
     for clock in clocks.Times._fields:
         ours, theirs = (getattr(times[who], clock) for who in ("ours", "theirs"))
@@ -296,6 +293,13 @@ def timed(build: Callable[[Place], Pair], mode: str, device: str) -> dict[str, A
             shown[f"{clock}_us"] = [float(f"{1e6 * t.p50:.4g}") for t in (ours, theirs)]
             shown[f"{clock}_ratio"] = float(f"{theirs.p50 / ours.p50:.3g}")
     return shown
+
+
+def clocked(run: Callable[[], Any], device: str) -> clocks.Times:
+    if device == "cpu":
+        return clocks.on_cpu(run)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return clocks.on_cuda(run, torch.zeros(jobs.flush_bytes() // 4, device="cuda"))[0]
 
 
 if __name__ == "__main__":

@@ -56,11 +56,12 @@ def eager(call: Call) -> Forward:
     """Two products and a softmax: what a model without a fused kernel does; grouped heads are repeated."""
     q, k, v = _qkv(call)
     dense, scale, group = _dense(call), q.shape[3] ** -0.5, q.shape[1] // k.shape[1]
+    hidden = None if dense is None else ~dense
 
     def forward() -> Tensor:
         keys, values = (k, v) if group == 1 else (t.repeat_interleave(group, 1) for t in (k, v))
         s = (q @ keys.mT) * scale
-        return (s if dense is None else s.masked_fill(~dense, -torch.inf)).softmax(-1) @ values
+        return (s if hidden is None else s.masked_fill(hidden, -torch.inf)).softmax(-1) @ values
 
     return _gated(call, forward)
 

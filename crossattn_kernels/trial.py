@@ -29,7 +29,8 @@ LAUNCHES = {
     "short_queries": ("short_queries_kernel", "fold_kernel"),
     "bias_grad": ("bias_grad_kernel",),
 }
-CLEARED = 2**29  # bytes written before each measurement: more than any cache holds
+CLEARED = 2**29  # bytes read before each measurement: more than any cache holds
+HOLD = 2_000_000  # cycles that the device spins, about a millisecond, while the host queues what is measured
 OF_SCHEDULE = {"short keys": ("short_keys",), "short queries": ("short_queries",), "two-pass": ("dq", "dkv")}
 
 
@@ -211,7 +212,8 @@ def in_turns(ways: Sequence[Callable[[], None]], device: torch.device) -> list[f
 
     def once(way: Callable[[], None]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        clear.zero_()  # takes longer than the host needs to launch what follows
+        torch.cuda._sleep(HOLD)
+        clear.sum()  # read, not written: dirty lines would go back to memory while the way runs
         start.record()
         way()
         end.record()

@@ -94,7 +94,6 @@ def measure(job: Job, config: Config, known: dict[Config, dict[str, Any]], machi
 
     On the first run of a job that one is what is in use, on later runs the same as then.
     """
-    head = dict(zip(("gpu", "triton", "shape", "dtype", "kernel"), (machine.gpu, machine.triton, *job.identity)))
     base = next((c for c, record in known.items() if not record["refused"]), config)
     times, ratio = [], None
     try:
@@ -107,7 +106,35 @@ def measure(job: Job, config: Config, known: dict[Config, dict[str, Any]], machi
     except Exception as error:  # whatever a compiler says
         refused = f"{type(error).__name__}: {error}".partition("\n")[0]
     ms = times[-1] if times else None
-    return head | dict(config=config._asdict(), base=base._asdict(), ms=ms, ratio=ratio, refused=refused)
+    return heading(job, machine) | dict(
+        config=config._asdict(), base=base._asdict(), ms=ms, ratio=ratio, refused=refused
+    )
+
+
+def attempt(
+    job: Job, config: Config, known: dict[Config, dict[str, Any]], machine: Machine, log: Path
+) -> dict[str, Any]:
+    """`measure`, and its line in the log; until there is one, another says what a run must not meet again if it ends
+    here: the compiler aborts its process on some kernels."""
+    size = log.stat().st_size if log.exists() else 0
+
+    def say(record: dict[str, Any]) -> None:
+        with log.open("a") as file:
+            file.truncate(size)
+            file.write(json.dumps(record) + "\n")
+
+    say(heading(job, machine) | dict(config=config._asdict(), ms=None, ratio=None, refused="it ended the process"))
+    try:
+        record = measure(job, config, known, machine)
+    except (torch.OutOfMemoryError, KeyboardInterrupt):
+        os.truncate(log, size)
+        raise
+    say(record)
+    return record
+
+
+def heading(job: Job, machine: Machine) -> dict[str, str]:
+    return dict(zip(("gpu", "triton", "shape", "dtype", "kernel"), (machine.gpu, machine.triton, *job.identity)))
 
 
 def sweep(todo: list[Job], known: Known, log: Path, machine: Machine, budget: float) -> int:
@@ -126,13 +153,11 @@ def sweep(todo: list[Job], known: Known, log: Path, machine: Machine, budget: fl
         if elapsed >= budget:
             return len(left) - done
         try:
-            record = measure(job, config, known[job.identity], machine)
+            record = attempt(job, config, known[job.identity], machine, log)
         except torch.OutOfMemoryError:
             todo.remove(job)
             print(f"\nleft out, as it does not fit into memory: {job.case.name} {job.kernel}", file=sys.stderr)
             continue
-        with log.open("a") as file:
-            file.write(json.dumps(record) + "\n")
         known[job.identity][config] = record
         if record["refused"]:
             machine.settle()

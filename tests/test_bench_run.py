@@ -1,7 +1,9 @@
 """Runs of the benchmark suite without a GPU: what goes wrong, processes, clocks."""
 
+import atexit
 import contextlib
 import os
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -139,6 +141,19 @@ def test_a_job_that_takes_its_process_along(how, said):
     states = supervise(_worker, todo, limits, (how,), lambda *death: deaths.append(death), method="fork", patience=0.5)
     assert [job for job, _ in deaths] == ["bad"] and said in deaths[0][1]
     assert list(states) == [jobs.DONE] * 3
+
+
+def _breaks_while_it_ends(todo, states, deadlines):
+    atexit.register(os.abort)
+    threading._register_atexit(os.abort)
+    _replaced(todo, states, deadlines)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_what_breaks_while_a_process_ends_is_no_job_s_fault(method):
+    """As the destructors of a CUDA context after a fault."""
+    states = supervise(_breaks_while_it_ends, "ab", [time.monotonic() + 60] * 2, (), pytest.fail, method=method)
+    assert list(states) == [jobs.DONE] * 2
 
 
 def _replaced(todo, states, deadlines):

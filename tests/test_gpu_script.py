@@ -35,8 +35,10 @@ def report_of(monkeypatch, tmp_path, check, *arguments):
     monkeypatch.setattr(gpu, "check", check)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--workers", "2", "--out", str(tmp_path), *arguments])
     status = gpu.main()
-    assert [path.name for path in tmp_path.iterdir()] == ["nvidia-test-1-parity.json"]
-    return status, json.loads((tmp_path / "nvidia-test-1-parity.json").read_text())
+    (path,) = tmp_path.iterdir()
+    part = f"-{arguments[1]}" if arguments[:1] == ("-k",) else ""  # which does not take the place of the whole
+    assert path.name == f"nvidia-test-1-parity{part}.json"
+    return status, json.loads(path.read_text())
 
 
 def test_passing(machine, monkeypatch, tmp_path):

@@ -153,6 +153,7 @@ def test_times_are_medians_of_turns(monkeypatch):
         return launch
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(trial, "launches", launches)
     monkeypatch.setattr(trial, "CLEARED", 16)
     first, second = Config(2, 2, 2, 2), Config(1, 1, 1, 1)

@@ -2,7 +2,11 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +135,27 @@ def test_every_measurement_is_logged_and_none_is_made_twice(tmp_path):
     before = table(tmp_path)
     tuned(tmp_path, on=machine(times=second), shapes=(SHAPE,))
     assert not second.calls and table(tmp_path) == before
+
+
+def test_what_ends_the_process_is_not_met_again(tmp_path):
+    """As an abort of the compiler would: the log has a line for it already."""
+    process = tmp_path / "process.py"
+    process.write_text(ABORTS.format(path=[str(Path(tune.__file__).parents[1]), str(Path(__file__).parent)]))
+    for _ in range(2):
+        done = subprocess.run([sys.executable, process, tmp_path / "out"], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGABRT, done.stderr
+    refused = [line for line in log_of(tmp_path / "out") if line["refused"]]
+    assert [line["refused"] for line in refused] == ["it ended the process"] * 2
+    assert refused[0]["config"] != refused[1]["config"]
+
+
+ABORTS = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = {path}
+import test_tune
+test_tune.tuned(Path(sys.argv[1]), on=test_tune.machine(check=lambda *_: os.abort()))
+"""
 
 
 @pytest.mark.parametrize("change", [dict(gpu="NVIDIA Test-1"), dict(triton="3.7.2")])
