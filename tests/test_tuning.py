@@ -45,6 +45,18 @@ def test_schedules_of_the_named_workloads(name):
     assert (plan.forward_schedule, plan.backward_schedule) == (forward, backward)
 
 
+@pytest.mark.parametrize(("M", "N"), [(4096, 77), (32, 257)])
+def test_many_options_at_once_go_two_pass(M, N):
+    """Beside more than three, all three gradients in one pass would spill; forced, they run all the same."""
+    three, four = (problem(2, 8, 8, M, N, 64)._replace(plain=False, extras=n) for n in (3, 4))
+    assert tuning.plan(three).backward_schedule == ("short keys" if N < M else "short queries")
+    assert tuning.plan(four).backward_schedule == "two-pass"
+    assert any("4 options at once" in why for _, why in tuning.plan(four).reasons)
+    assert not rules.crowded(four._replace(dtype=torch.float32))
+    with tuning.force(backward_schedule="short queries", short_queries=Config(64, 64, 4, 1)):
+        assert tuning.plan(four._replace(M=32)).backward_schedule == "short queries"
+
+
 def test_heads_are_packed_where_queries_are_few():
     """One token of Llama-3.2-Vision: the four heads that share a key head read it once."""
     plan = tuning.plan(problem(1, 32, 8, 1, 6404, 128))
@@ -98,6 +110,14 @@ def test_traffic_of_short_keys(name, most):
     """At batch 2 the partial sums of 260 programs, which stay in the L2 cache, are a third of all traffic."""
     sizes = WORKLOADS[name][0]
     assert short_key_traffic(sizes, tuning.plan(problem(*sizes))) <= most
+
+
+def test_tiles_of_keys_that_leave_most_of_a_last_wave_idle_are_split():
+    """Wan: 160 tiles of keys are two waves of 132, as 640 quarters five quarters of one."""
+    B, Hq, Hk, M, N, D = WORKLOADS["W2 Wan 480p"][0]
+    assert tuning.plan(problem(B, Hq, Hk, M, N, D)).dkv.splits == 4
+    assert tuning.plan(problem(B, Hq, Hk, 2 * N, N, D)).dkv.splits == 1  # partial sums would be larger than dq
+    assert tuning.plan(problem(4 * B, Hq - 7, Hk - 7, M, N, D)).dkv.splits == 1  # four full waves
 
 
 def test_splits_follow_the_number_of_multiprocessors():

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossattn_kernels.kernels.bounds import query_range, tile_ranges, whole_queries
+from crossattn_kernels.kernels.bounds import among_pairs, pair, query_range, tile_ranges, whole_queries
 from crossattn_kernels.kernels.launch import Launcher
 from crossattn_kernels.kernels.scores import (
     head_scale,
@@ -43,17 +43,19 @@ from crossattn_kernels.kernels.tiles import (
 from crossattn_kernels.kernels.views import (
     QuerySums,
     Rows,
+    TileRanges,
     as_bytes,
+    constant,
     dropout_view,
     inputs_view,
     logits_view,
-    row_gate_view,
     rows_view,
+    tanh_views,
     view,
 )
 from crossattn_kernels.problem import Inputs, Options
 from crossattn_kernels.tiled import Gradients
-from crossattn_kernels.tuning import Config
+from crossattn_kernels.tuning import Config, apart
 
 
 @triton.jit
@@ -139,58 +141,69 @@ def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, 
 
     If these are all keys, what is summed over them can be had as well.  dk and dv are summed over the GROUP query heads
     and the `batches` that share the keys; with several splits a program takes its share of the queries and stores
-    partial sums.  sᵀ = k qᵀ is computed as such: no product takes a transposed accumulator.
+    partial sums.  sᵀ = k qᵀ is computed as such: no product takes a transposed accumulator.  dk or dv may be absent.
     """
     tile, rest, hk = program(tl.cdiv(N, C.BLOCK_N), Hq // C.GROUP)
     split, shared = rest % splits, rest // splits
     keys = tile * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
     d, e = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
     tiles = load_rows(k, shared, hk, keys, d, N, C.D), load_rows(v, shared, hk, keys, e, N, C.DV)
-    found = tl.zeros([C.BLOCK_N, C.BLOCK_D], tl.float32), tl.zeros([C.BLOCK_N, C.BLOCK_DV], tl.float32)
+    found = (
+        tl.zeros([C.BLOCK_N, C.BLOCK_D if dk is not None else 1], tl.float32),  # one column: no sum
+        tl.zeros([C.BLOCK_N, C.BLOCK_DV if dv is not None else 1], tl.float32),
+    )
     # a key past the end has rows of its own, which are not stored: it is hidden from sums over the keys only
     SUMS: tl.constexpr = C.ALONE | (sums.dq is not None)
     EDGES: tl.constexpr = (C.EDGE_STAGES > 0) & (C.HIDES | SUMS)
-    for i in tl.range(0, batches * C.GROUP):
-        b, h = shared + i // C.GROUP, hk * C.GROUP + i % C.GROUP
-        scale = head_scale(logits, b, h)
-        lo, hi = query_range(ranges, b, h, keys, M, C.BLOCK_M)
-        lo, hi = share(lo, hi, split, splits, C.BLOCK_M)
-        first, last = lo, lo
-        if not (EDGES & SUMS):
-            if not sifts(logits):
-                first, last = whole_queries(ranges, b, h, tl.minimum(keys, N - 1), lo, hi, C.BLOCK_M)
-                for query in tl.range(first, last, C.BLOCK_M):
-                    found = dkv_tile(
-                        found, tiles, q, do, sums, known, logits, drop, scale, b, h, query, keys, M, N, True, C
-                    )
-        if EDGES:
-            for j in tl.range(lo, hi - (last - first), C.BLOCK_M):
-                query = j + tl.where(j < first, 0, last - first)
+    pairs = batches * C.GROUP  # (b, h) that read these keys: one loop over all of them and their queries,
+    outer, inner = (pairs, 1) if SUMS else (1, pairs)  # in which ptxas would serialise products that make dq too
+    lo, hi = query_range(ranges, shared, hk, pairs, keys, M, C)
+    lo, hi = share(lo, hi, split, splits, C.BLOCK_M)
+    first, last = lo, lo
+    if not (EDGES & SUMS):
+        if not sifts(logits):
+            first, last = whole_queries(ranges, shared, hk, pairs, tl.minimum(keys, N - 1), lo, hi, C)
+    if EDGES:
+        for j in tl.range(0, outer):
+            for i in tl.range(0, tl.cdiv(hi - (last - first) - lo, C.BLOCK_M) * inner):
+                b, h = pair(j + i % inner, shared, hk, C)
+                query = lo + i // inner * C.BLOCK_M
+                query += tl.where(query < first, 0, last - first)
                 rows = (query + tl.arange(0, C.BLOCK_M))[None, :]
-                if touches(logits.mask, b, h, rows, keys[:, None], M, N, sums.dq is None):
-                    found = dkv_tile(
-                        found, tiles, q, do, sums, known, logits, drop, scale, b, h, query, keys, M, N, False, C
-                    )
+                if among_pairs(ranges, b, h, query, keys, C):
+                    if touches(logits.mask, b, h, rows, keys[:, None], M, N, sums.dq is None):
+                        found = dkv_tile(
+                            found, tiles, q, do, sums, known, logits, drop, b, h, query, keys, M, N, False, C
+                        )
+    if not (EDGES & SUMS):
+        if not sifts(logits):
+            for j in tl.range(0, outer):
+                for i in tl.range(0, tl.cdiv(last - first, C.BLOCK_M) * inner):
+                    b, h = pair(j + i % inner, shared, hk, C)
+                    query = first + i // inner * C.BLOCK_M
+                    found = dkv_tile(found, tiles, q, do, sums, known, logits, drop, b, h, query, keys, M, N, True, C)
     entries = tl.num_programs(0) // (tl.cdiv(N, C.BLOCK_N) * (Hq // C.GROUP) * splits)
-    store_rows(dk, split * entries + shared, hk, keys, d, N, C.D, found[0])
-    store_rows(dv, split * entries + shared, hk, keys, e, N, C.DV, found[1])
+    if dk is not None:
+        store_rows(dk, split * entries + shared, hk, keys, d, N, C.D, found[0])
+    if dv is not None:
+        store_rows(dv, split * entries + shared, hk, keys, e, N, C.DV, found[1])
 
 
 @triton.jit
 def dkv_tile(
-    found, tiles, q, do, sums, known, logits, drop, scale, b, h, query, keys, M, N, WHOLE: tl.constexpr, C: tl.constexpr
+    found, tiles, q, do, sums, known, logits, drop, b, h, query, keys, M, N, WHOLE: tl.constexpr, C: tl.constexpr
 ):
     """(dk, dv) with one tile of queries folded in, whose sums over the keys are stored."""
     dk_acc, dv_acc = found
     k_tile, v_tile = tiles
     HIDES: tl.constexpr = C.HIDES and not WHOLE
     rows, keys = query + tl.arange(0, C.BLOCK_M), keys[:, None]
-    d = tl.arange(0, C.BLOCK_D)
+    d, scale = tl.arange(0, C.BLOCK_D), head_scale(logits, b, h)
     q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
     do_tile = load_rows(do, b, h, rows, tl.arange(0, C.BLOCK_DV), M, C.DV)  # (BLOCK_M, BLOCK_DV)
-    row = across(load_row(known, b, h, rows, M))
     kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
     vdy = dot_in_pairs(v_tile, do_tile.T, C.TF32)
+    row = across(load_row(known, b, h, rows, M))  # not before the products, where it would take their registers
     s = scores(kq, logits, scale, b, h, rows[None, :], keys, M, N, WHOLE)
     p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, rows[None, :], keys, 0, C.ALONE, HIDES)
     if sums.scale is not None:
@@ -204,8 +217,11 @@ def dkv_tile(
         finite_k = finite(k_tile) if HIDES else k_tile
         dq = dot(finite_k.T, (ds * scale).to(k_tile.dtype), None, C.TF32)  # (BLOCK_D, BLOCK_M)
         store_rows(sums.dq, b, h, rows, d, M, C.D, dq.T)
-    dv_acc = dot((pv * row.gate).to(do_tile.dtype), do_tile, dv_acc, C.TF32)
-    return dot((ds * scale).to(q_tile.dtype), q_tile, dk_acc, C.TF32), dv_acc
+    if dv_acc.shape[1] > 1:
+        dv_acc = dot((pv * row.gate).to(do_tile.dtype), do_tile, dv_acc, C.TF32)
+    if dk_acc.shape[1] > 1:
+        dk_acc = dot((ds * scale).to(q_tile.dtype), q_tile, dk_acc, C.TF32)
+    return dk_acc, dv_acc
 
 
 @triton.jit
@@ -265,7 +281,9 @@ class Backward:
         self.launch(delta_kernel, arguments, self.o, self.do, self.dlse, delta)
         return delta
 
-    def run(self, kernel: Any, config: Config, arguments: Callable[..., tuple], *tensors: Tensor | None) -> None:
+    def run(
+        self, kernel: Any, config: Config, arguments: Callable[..., tuple], *tensors: Tensor | None, label: str = ""
+    ) -> None:
         """Launch a kernel that makes p and ds: `arguments` gets its own tensors as they are and what all of these
         kernels take as (q, k, v, do), known, logits and dropout."""
         alone = self.x.sizes[3] <= config.BLOCK_N and not self.options.chunk
@@ -273,14 +291,19 @@ class Backward:
         by_lse = self.options.chunk or self.x.q.dtype.itemsize == 2 and self.x.bias is None
         delta, state = None if alone else self.full_delta, None if by_lse else self.state
 
-        def all_arguments(do: Any, lse: Any, state: Any, delta: Any, dlse: Any, free: Any, *rest: Any) -> tuple:
+        gate = None if self.x.gate is None or self.x.gate_varies else self.gate
+
+        def all_arguments(
+            do: Any, lse: Any, state: Any, delta: Any, dlse: Any, free: Any, gate: Any, *rest: Any
+        ) -> tuple:
             x = Inputs(*rest[: len(self.x)])
             common = (*inputs_view(x), rows_view(do))
-            known = Rows(view(lse), view(state), view(delta), view(dlse), row_gate_view(x))
+            known = Rows(view(lse), view(state), view(delta), view(dlse), *tanh_views(gate, *lse.shape))
             logits, drop = logits_view(x, self.options, free), dropout_view(x, self.options)
             return arguments(common, known, (logits, drop), *rest[len(self.x) :])
 
-        self.launch(kernel, all_arguments, self.do, self.lse, state, delta, self.dlse, self.free, *self.x, *tensors)
+        shared = (self.do, self.lse, state, delta, self.dlse, self.free, gate)
+        self.launch(kernel, all_arguments, *shared, *self.x, *tensors, label=label)
 
     def gradients(self) -> Gradients:
         """Those of q, k, v, scale and of a gate on whole rows: those that are wanted."""
@@ -309,7 +332,7 @@ class Backward:
         entries, Hk = x.k.shape[:2]
 
         def arguments(common: tuple, known: Rows, logits: tuple, dk: Any, dv: Any, ranges: Any, *sums: Any) -> tuple:
-            spread = None if ranges is None else view(ranges, 4, B, Hq, ranges.shape[3])
+            spread = None if ranges is None else ranges_view(ranges, x)
             return (
                 triton.cdiv(N, config.BLOCK_N) * config.splits * entries * Hk,
                 *common, rows_view(dk), rows_view(dv), sums_view(*sums), known, spread, *logits,
@@ -317,8 +340,12 @@ class Backward:
             )  # fmt: skip
 
         ranges = None if sums else tile_ranges(self.launch, x, self.options, self.free)
-        dk, dv = (by_sequence(t, config.splits) for t in (x.k, x.v))
-        self.run(dkv_kernel, config, arguments, dk, dv, ranges, *(sums or QuerySums())[:3])
+        dk = by_sequence(x.k, config.splits) if self.wanted.k else None
+        dv = by_sequence(x.v, config.splits) if self.wanted.v else None
+        whole = self.launch.plan.backward_schedule == "short keys" or not apart(self.launch.problem)
+        for label, outputs in {"": (dk, dv)}.items() if whole else {"k": (dk, None), "v": (None, dv)}.items():
+            if outputs != (None, None):
+                self.run(dkv_kernel, config, arguments, *outputs, ranges, *(sums or QuerySums())[:3], label=label)
         return Gradients(k=self.folded(dk, x.k, "k"), v=self.folded(dv, x.v, "v"))
 
     def query_sums(self, entries: int, splits: int = 1) -> QuerySums:
@@ -343,8 +370,10 @@ class Backward:
             found["scale"] = (dsx + error * px).sum(-1).sum_to_size(x.scale.shape)
         return found
 
-    def folded(self, parts: Tensor, like: Tensor, name: str) -> Tensor:
-        """The gradient called `name`, of this tensor, from its partial sums."""
+    def folded(self, parts: Tensor | None, like: Tensor, name: str) -> Tensor | None:
+        """The gradient called `name`, of this tensor, from its partial sums, if there are any."""
+        if parts is None:
+            return None
         splits = parts.shape[0] // like.shape[0]
         if splits == 1:
             return parts
@@ -364,6 +393,14 @@ class Backward:
 
     def dgate_by_channel(self) -> Tensor:
         return self.through_tanh((self.dy.float() * self.o)[None])
+
+
+def ranges_view(ranges: Tensor, x: Inputs) -> TileRanges:
+    """Of (4, 1|B, 1|Hq, tiles)."""
+    B, Hq, _, _ = x.sizes
+    (entries, Hk), (b, h) = x.k.shape[:2], ranges.shape[1:3]
+    varying = (b > 1 and entries < B) or (h > 1 and Hk < Hq)
+    return TileRanges(view(ranges, 4, B, Hq, ranges.shape[3]), constant(int(varying)))
 
 
 def sums_view(dq: Tensor | None, gate: Tensor | None, scale: Tensor | None) -> QuerySums:

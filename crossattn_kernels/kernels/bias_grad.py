@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crossattn_kernels.kernels.backward import Backward
-from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, scores, touches
+from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, reaches, scores, touches
 from crossattn_kernels.kernels.softmax import down, load_row, softmax_grad
 from crossattn_kernels.kernels.tiles import at, dot, dot_in_pairs, load_rows, program
 from crossattn_kernels.kernels.views import Rows, constant, view
@@ -17,33 +17,28 @@ from crossattn_kernels.kernels.views import Rows, constant, view
 @triton.jit
 def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, Hb, Hq, M, N,
                      SUM_M: tl.constexpr, SUM_N: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """One tile of dbias: ds summed over `batches` and `heads`, over all queries with SUM_M and all keys with SUM_N."""
-    m_tiles = 1 if SUM_M else tl.cdiv(M, C.BLOCK_M)
-    n_tiles = 1 if SUM_N else tl.cdiv(N, C.BLOCK_N)
+    """One tile of dbias: ds summed over `batches` and `heads`, or over all queries with SUM_M, all keys with SUM_N."""
+    m_tiles, n_tiles = tl.cdiv(M, C.BLOCK_M), tl.cdiv(N, C.BLOCK_N)
+    m_steps, n_steps = m_tiles if SUM_M else 1, n_tiles if SUM_N else 1
+    m_tiles, n_tiles = 1 if SUM_M else m_tiles, 1 if SUM_N else n_tiles
+    ONE_ROW: tl.constexpr = SUM_N & (not SUM_M)  # of tiles, whose keys are a range
     tile, b_out, h_out = program(m_tiles * n_tiles, Hb)
     m_first, n_first = tile // n_tiles * C.BLOCK_M, tile % n_tiles * C.BLOCK_N
-    m_last, n_last = M if SUM_M else m_first + C.BLOCK_M, N if SUM_N else n_first + C.BLOCK_N
-    d, e = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
+    if ONE_ROW:
+        lo, hi = key_range(logits.mask, b_out, h_out, m_first + tl.arange(0, C.BLOCK_M), M, N)
+        n_first = lo // C.BLOCK_N * C.BLOCK_N
+        n_steps = tl.cdiv(hi - n_first, C.BLOCK_N)
     acc = tl.zeros([C.BLOCK_M, C.BLOCK_N], tl.float32)
-    for i in tl.range(0, batches * heads):
-        b, h = b_out + i // heads, h_out + i % heads
-        scale = head_scale(logits, b, h)
-        for m in tl.range(m_first, m_last, C.BLOCK_M):
-            rows = m + tl.arange(0, C.BLOCK_M)
-            q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
-            do_tile = load_rows(do, b, h, rows, e, M, C.DV)  # (BLOCK_M, BLOCK_DV)
-            row = down(load_row(known, b, h, rows, M))
-            lo, hi = key_range(logits.mask, b, h, rows, M, N)
-            for n in tl.range(tl.maximum(lo // C.BLOCK_N * C.BLOCK_N, n_first), tl.minimum(hi, n_last), C.BLOCK_N):
-                keys = n + tl.arange(0, C.BLOCK_N)
-                if touches(logits.mask, b, h, rows[:, None], keys[None, :], M, N):
-                    k_tile = load_rows(k, b, h // C.GROUP, keys, d, N, C.D)  # (BLOCK_N, BLOCK_D)
-                    v_tile = load_rows(v, b, h // C.GROUP, keys, e, N, C.DV)  # (BLOCK_N, BLOCK_DV)
-                    qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
-                    dyv = dot_in_pairs(do_tile, v_tile.T, C.TF32)
-                    s = scores(qk, logits, scale, b, h, rows[:, None], keys[None, :], M, N)
-                    _, _, ds = softmax_grad(s, dyv, row, drop, b, h, rows[:, None], keys[None, :], 1, C.ALONE, C.HIDES)
-                    acc += logit_grad(ds, logits, b, h, rows[:, None], M)
+    # in one loop over (b, h) or, where they are summed, over tiles, so that loads are pipelined
+    for i in tl.range(0, batches * heads * m_steps * n_steps):
+        b, h, step = b_out, h_out, i
+        if not (SUM_M | SUM_N):
+            b, h, step = b_out + i // heads, h_out + i % heads, 0
+        rows = m_first + step // n_steps * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
+        keys = n_first + step % n_steps * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
+        if reaches(logits.mask, b, h, rows, keys, M, N, ONE_ROW):
+            if touches(logits.mask, b, h, rows[:, None], keys[None, :], M, N):
+                acc += tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, C)
     rows, keys = m_first + tl.arange(0, C.BLOCK_M)[:, None], n_first + tl.arange(0, C.BLOCK_N)[None, :]
     # a dimension that is summed has one entry: every row (column) of acc becomes the sum, the first is stored
     if SUM_M:
@@ -52,6 +47,23 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, Hb
         acc = tl.sum(acc, 1, keep_dims=True) + tl.zeros_like(acc)
     exists = (rows < (1 if SUM_M else M)) & (keys < (1 if SUM_N else N))
     tl.store(at(dbias, (b_out, h_out, rows, keys)), acc, mask=exists)
+
+
+@triton.jit
+def tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, C: tl.constexpr):
+    """ds of one tile: (BLOCK_M, BLOCK_N)."""
+    d, e = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
+    q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
+    k_tile = load_rows(k, b, h // C.GROUP, keys, d, N, C.D)  # (BLOCK_N, BLOCK_D)
+    do_tile = load_rows(do, b, h, rows, e, M, C.DV)  # (BLOCK_M, BLOCK_DV)
+    v_tile = load_rows(v, b, h // C.GROUP, keys, e, N, C.DV)  # (BLOCK_N, BLOCK_DV)
+    qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
+    dyv = dot_in_pairs(do_tile, v_tile.T, C.TF32)
+    row, scale = down(load_row(known, b, h, rows, M)), head_scale(logits, b, h)
+    rows, keys = rows[:, None], keys[None, :]
+    s = scores(qk, logits, scale, b, h, rows, keys, M, N)
+    _, _, ds = softmax_grad(s, dyv, row, drop, b, h, rows, keys, 1, C.ALONE, C.HIDES)
+    return logit_grad(ds, logits, b, h, rows, M)
 
 
 def bias_grad(run: Backward) -> Tensor:

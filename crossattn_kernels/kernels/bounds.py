@@ -42,54 +42,77 @@ def tile_ranges_kernel(ranges, mask, H, M, N, C: tl.constexpr):
 
 
 @triton.jit
-def query_range(ranges, b, h, keys, M, BLOCK_M: tl.constexpr):
-    """First query and one past the last of the tiles that may see one of these keys: scalars."""
-    if ranges is None:
-        return 0, M
-    else:
-        tiles = tl.cdiv(M, BLOCK_M)
-        first, last = tiles + 0, tiles * 0
-        for start in tl.range(0, tiles, 128):
-            tile = start + tl.arange(0, 128)
-            hit = overlaps(ranges, b, h, tile, keys, tile < tiles)
-            first = tl.minimum(first, tl.min(tl.where(hit, tile, tiles)))
-            last = tl.maximum(last, tl.max(tl.where(hit, tile + 1, 0)))
-        return first * BLOCK_M, tl.minimum(last * BLOCK_M, M)
+def pair(i, shared, hk, C: tl.constexpr):
+    """(b, h) of the i-th pair that reads the keys (shared, hk)."""
+    return shared + i // C.GROUP, hk * C.GROUP + i % C.GROUP
 
 
 @triton.jit
-def whole_queries(ranges, b, h, keys, lo, hi, BLOCK_M: tl.constexpr):
-    """Part of [lo, hi), whole tiles of queries each of which sees all of these keys: the first such run.
+def query_range(ranges, shared, hk, pairs, keys, M, C: tl.constexpr):
+    """First query and one past the last of the tiles that may see one of these keys, in any of the pairs: scalars."""
+    if ranges is None:
+        return 0, M
+    else:
+        tiles = tl.cdiv(M, C.BLOCK_M)
+        first, last = tiles + 0, tiles * 0
+        for i in tl.range(0, pairs if ranges.VARY else 1):
+            b, h = pair(i, shared, hk, C)
+            for start in tl.range(0, tiles, 128):
+                tile = start + tl.arange(0, 128)
+                hit = overlaps(ranges, b, h, tile, keys, tile < tiles)
+                first = tl.minimum(first, tl.min(tl.where(hit, tile, tiles)))
+                last = tl.maximum(last, tl.max(tl.where(hit, tile + 1, 0)))
+        return first * C.BLOCK_M, tl.minimum(last * C.BLOCK_M, M)
+
+
+@triton.jit
+def whole_queries(ranges, shared, hk, pairs, keys, lo, hi, C: tl.constexpr):
+    """Part of [lo, hi), whole tiles of queries each of which sees all of these keys in all pairs; maybe empty, at lo.
 
     lo is a multiple of BLOCK_M.  What is hidden by more than a range is not asked for.
     """
     if ranges is None:
         return lo, hi
     else:
-        end = tl.cdiv(hi, BLOCK_M)
-        first, last = end, end
-        for start in tl.range(lo // BLOCK_M, end, 128):
-            tile = start + tl.arange(0, 128)
-            whole = contains(ranges, b, h, tile, keys, tile < end)
-            first = tl.minimum(first, tl.min(tl.where(whole, tile, end)))
-            last = tl.minimum(last, tl.min(tl.where((tile > first) & ~whole, tile, end)))
-        some = first < end
-        return tl.where(some, first * BLOCK_M, lo), tl.where(some, tl.minimum(last * BLOCK_M, hi), lo)
+        end = tl.cdiv(hi, C.BLOCK_M)
+        first, last = lo // C.BLOCK_M, end
+        for i in tl.range(0, pairs if ranges.VARY else 1):
+            b, h = pair(i, shared, hk, C)
+            begin, stop = end, end  # of the first run of such tiles
+            for start in tl.range(lo // C.BLOCK_M, end, 128):
+                tile = start + tl.arange(0, 128)
+                whole = contains(ranges, b, h, tile, keys, tile < end)
+                begin = tl.minimum(begin, tl.min(tl.where(whole, tile, end)))
+                stop = tl.minimum(stop, tl.min(tl.where((tile > begin) & ~whole, tile, end)))
+            first, last = tl.maximum(first, begin), tl.minimum(last, stop)
+        some = first < last
+        return tl.where(some, first * C.BLOCK_M, lo), tl.where(some, tl.minimum(last * C.BLOCK_M, hi), lo)
+
+
+@triton.jit
+def among_pairs(ranges, b, h, query, keys, C: tl.constexpr):
+    """Whether a tile of queries, which some pair may see by `query_range`, is one of (b, h)."""
+    if ranges is None:
+        return True
+    elif not ranges.VARY:
+        return True
+    else:
+        return overlaps(ranges, b, h, query // C.BLOCK_M, keys, query >= 0)
 
 
 @triton.jit
 def overlaps(ranges, b, h, tile, keys, exists):
     """Whether a tile of queries may see one of these keys, by its range."""
-    lo = tl.load(at(ranges, (0, b, h, tile)), mask=exists, other=0)
-    hi = tl.load(at(ranges, (1, b, h, tile)), mask=exists, other=0)
+    lo = tl.load(at(ranges.found, (0, b, h, tile)), mask=exists, other=0)
+    hi = tl.load(at(ranges.found, (1, b, h, tile)), mask=exists, other=0)
     return (lo <= tl.max(keys)) & (hi > tl.min(keys))
 
 
 @triton.jit
 def contains(ranges, b, h, tile, keys, exists):
     """Whether all queries of a tile see all of these keys, by their ranges."""
-    first = tl.load(at(ranges, (2, b, h, tile)), mask=exists, other=0)
-    last = tl.load(at(ranges, (3, b, h, tile)), mask=exists, other=0)
+    first = tl.load(at(ranges.found, (2, b, h, tile)), mask=exists, other=0)
+    last = tl.load(at(ranges.found, (3, b, h, tile)), mask=exists, other=0)
     return (first <= tl.min(keys)) & (last > tl.max(keys))
 
 

@@ -118,6 +118,16 @@ def touches(mask, b, h, rows, keys, M, N, SKIPS: tl.constexpr = True):
 
 
 @triton.jit
+def reaches(mask, b, h, rows, keys, M, N, KNOWN: tl.constexpr):
+    """Whether any of these queries may see one of these keys by its range; not asked where that is KNOWN."""
+    if KNOWN | ((mask.start is None) & (mask.end is None)):
+        return True
+    else:
+        lo, hi = key_range(mask, b, h, rows, M, N)
+        return (lo <= tl.max(keys)) & (hi > tl.min(keys))
+
+
+@triton.jit
 def key_range(mask, b, h, rows, M, N):
     """First and one past the last key that any of these queries may see by its range: scalars (lo, hi)."""
     if (mask.start is None) & (mask.end is None):

@@ -89,7 +89,9 @@ def load_row(known, b, h, rows, M):
         delta -= load_vec(known.dlse, b, h, rows, M, 0.0)
     gate = tl.zeros_like(pivot) + 1.0
     if known.gate is not None:
-        gate = tanh(load_vec(known.gate, b, h, rows, M, 0.0).to(tl.float32))
+        gate = load_vec(known.gate, b, h, rows, M, 0.0)
+    if known.head_gate is not None:
+        gate *= tl.load(at(known.head_gate, (b, h)))
     return Row(pivot, inverse, delta, gate)
 
 

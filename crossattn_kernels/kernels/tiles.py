@@ -13,7 +13,7 @@ from crossattn_kernels.kernels.views import INTERPRETED
 def program(tiles, heads):
     """(tile, b, h) of this program on the one-dimensional grid, which has room for 2^31 of them."""
     pid = tl.program_id(0)
-    return pid % tiles, (pid // tiles // heads).to(tl.int64), (pid // tiles % heads).to(tl.int64)
+    return pid % tiles, pid // tiles // heads, pid // tiles % heads
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def share(lo, hi, split, splits, BLOCK: tl.constexpr):
     """The part of one split of [lo, hi), whole blocks from the block of lo on; maybe empty."""
     lo = lo // BLOCK * BLOCK
     step = tl.cdiv(tl.cdiv(hi - lo, BLOCK), splits) * BLOCK
-    first = tl.minimum(lo + split.to(tl.int32) * step, tl.cdiv(hi, BLOCK) * BLOCK)
+    first = tl.minimum(lo + split * step, tl.cdiv(hi, BLOCK) * BLOCK)
     return first, tl.maximum(first, tl.minimum(first + step, hi))
 
 

@@ -129,6 +129,14 @@ def row_gate_view(x: Inputs) -> View | None:
     return strided(x.gate, x.gate.expand(*x.sizes[:3], 1).stride()[:3])
 
 
+def tanh_views(t: Tensor | None, B: int, Hq: int, M: int) -> tuple[View | None, View | None]:
+    """The tanh of such a gate, (1|B, 1|Hq, 1|M, 1), as (B, Hq, M), or as (B, Hq) if it is one number a head."""
+    if t is None:
+        return None, None
+    steps = t.expand(B, Hq, M, 1).stride()
+    return (strided(t, steps[:3]), None) if t.shape[2] > 1 else (None, strided(t, steps[:2]))
+
+
 def dropout_view(x: Inputs, options: Options) -> Dropout | None:
     if not options.dropout_p:
         return None
@@ -143,8 +151,16 @@ class Rows(NamedTuple):
     state: View | None  # (B, 2, Hq, M), as in Result; without it p comes from lse, as for a chunk of a longer whole
     delta: View | None  # rowsum(o * do) - dlse; without it a tile holds all keys
     dlse: View | None
-    gate: View | None  # a gate that is one number a row
+    gate: View | None  # tanh of a gate that is one number a row
+    head_gate: View | None  # (B, Hq): of one that is one number a head
     last: Any = LAST
+
+
+class TileRanges(NamedTuple):
+    """Keys that a tile of queries may see and those that it sees whole, by its ranges: (4, B, Hq, tiles)."""
+
+    found: View
+    VARY: Any  # constant, 1 or 0: whether they differ among the (b, h) that share keys
 
 
 class Result(NamedTuple):

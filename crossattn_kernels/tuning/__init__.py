@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from crossattn_kernels.problem import Problem
 from crossattn_kernels.tuning import rules, tables
 from crossattn_kernels.tuning.chips import ASSUMED, CHIPS, Chip, assumed, chip_of
-from crossattn_kernels.tuning.rules import Config, power_of_two
+from crossattn_kernels.tuning.rules import Config, apart, power_of_two
 from crossattn_kernels.tuning.tables import lookup
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Chip",
     "Config",
     "Plan",
+    "apart",
     "assumed",
     "chip_of",
     "circumstances",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 
-BACKWARD = ("short keys", "short queries", "two-pass")  # the first that can serve a call runs
+BACKWARD = ("short keys", "short queries", "two-pass")  # the first that can serve a call, without spills, runs
 
 
 class Plan(NamedTuple):
@@ -93,9 +94,6 @@ def circumstances() -> tuple[Any, ...]:
 @lru_cache(maxsize=4096)
 def _plan(problem: Problem, chip: Chip, changes: tuple[tuple[str, Any], ...]) -> Plan:
     fixed = dict(changes)
-    for field in ("forward", "dq", "dkv", "short_queries", "bias_grad"):
-        if field in fixed:
-            rules.check_fit(field, fixed[field], problem, chip)
 
     def config(kernel: str) -> Config:
         return lookup(chip, problem, kernel) or rules.tiles(kernel, problem, chip)
@@ -104,11 +102,17 @@ def _plan(problem: Problem, chip: Chip, changes: tuple[tuple[str, Any], ...]) ->
         fixed.get(f) or config(k) for f, k in (("dkv", "short_keys"), ("short_queries", "short_queries"))
     )
     reasons = rules.reasons(problem, short_keys.BLOCK_N, short_queries.BLOCK_M)
-    schedule = fixed.get("backward_schedule") or next(s for s in BACKWARD if s not in reasons)
+    avoided = rules.crowded(problem) | reasons
+    schedule = fixed.get("backward_schedule") or next(s for s in BACKWARD if s not in avoided)
     if schedule not in BACKWARD:
         raise ValueError(f"backward_schedule must be one of {', '.join(map(repr, BACKWARD))}, got {schedule!r}")
     if schedule in reasons:
         raise ValueError(f"the schedule {schedule!r} cannot serve this call: {reasons[schedule]}")
+    avoided.pop(schedule, None)  # forced
+    for field in ("forward", "dq", "dkv", "short_queries", "bias_grad"):
+        if field in fixed:
+            kernel = "short_keys" if (field, schedule) == ("dkv", "short keys") else field
+            rules.check_fit(kernel, fixed[field], problem, chip)
     forward = rules.split_keys(rules.fitted(config("forward"), problem), problem, chip)
     made = Plan(
         "stream" if fixed.get("forward", forward).splits == 1 else "split",
@@ -123,7 +127,7 @@ def _plan(problem: Problem, chip: Chip, changes: tuple[tuple[str, Any], ...]) ->
         merge=Config(16, 16, 4, 1),
         rows=Config(64, 64, 4, 1),
         fold=Config(1024, 16, 4, 1),
-        reasons=tuple(reasons.items()),
+        reasons=tuple(avoided.items()),
     )._replace(**fixed)
     descriptors = made.forward.descriptors and problem.aligned and chip.descriptors
     return made._replace(forward=made.forward._replace(descriptors=descriptors))

@@ -8,6 +8,8 @@ from crossattn_kernels.problem import Problem
 from crossattn_kernels.tuning.chips import Chip
 
 WAVES = 2  # programs a multiprocessor that a split aims at
+MOST_EVENED, EVEN_ENOUGH = 4, 1.05  # splits that fill the last wave; times of the best that fewer of them may take
+MOST_EXTRAS = 3  # options of a call beside which sums of all three gradients fit the registers
 MOST_TRAFFIC = 0.2  # of what a kernel moves anyway, for partial results of forward splits
 
 
@@ -27,7 +29,7 @@ class Config(NamedTuple):
 HALF = {
     "forward": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
     "dq": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 64, 8, 2)},
-    "dkv": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2), 256: Config(32, 32, 8, 1)},
+    "dkv": {64: Config(32, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(16, 128, 8, 2)},
     "short_keys": {64: Config(16, 128, 8, 2), 128: Config(16, 128, 8, 2), 256: Config(16, 32, 8, 1)},
     "short_queries": {64: Config(64, 64, 8, 1), 128: Config(32, 64, 8, 2), 256: Config(16, 32, 8, 1)},
     "bias_grad": {64: Config(64, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 64, 8, 1)},
@@ -65,6 +67,11 @@ def fitted(config: Config, problem: Problem) -> Config:
 # ---- schedules ----
 
 
+def apart(problem: Problem) -> bool:
+    """Whether dk and dv of two-pass are two launches, each with p anew: sums of both would leave tiles of 32 keys."""
+    return head_size(problem) > 128 and problem.dtype.itemsize == 2
+
+
 def reasons(problem: Problem, keys: int, queries: int) -> dict[str, str]:
     """Schedules of the backward that cannot serve a problem, each with why; keys and queries are those in a tile."""
     p, found = problem, {}
@@ -77,6 +84,14 @@ def reasons(problem: Problem, keys: int, queries: int) -> dict[str, str]:
     elif p.shares_k:
         found["short queries"] = "one batch entry of k and v serves all, and their gradients are sums over them"
     return found
+
+
+def crowded(problem: Problem) -> dict[str, str]:
+    """Schedules of the backward that could serve a problem but would spill, each with why."""
+    if problem.extras <= MOST_EXTRAS or problem.dtype.itemsize > 2:
+        return {}
+    why = f"{problem.extras} options at once leave too few registers for the sums of all three gradients"
+    return dict.fromkeys(("short keys", "short queries"), why)
 
 
 def shares(programs: int, tiles: int, chip: Chip, least: int) -> int:
@@ -105,10 +120,19 @@ def split_keys(config: Config, problem: Problem, chip: Chip) -> Config:
 
 
 def split_queries(config: Config, problem: Problem, chip: Chip) -> Config:
-    """The kernel of dk and dv, split over queries where tiles of keys are few."""
+    """The kernel of dk and dv, split over queries where tiles of keys are few, or leave much of a last wave idle.
+
+    The second not for short keys, which wait for memory, and with partial sums no larger than dq.
+    """
     p = problem
-    programs = -(-p.N // config.BLOCK_N) * p.Hk * (1 if p.shares_k else p.B)
-    return config._replace(splits=shares(programs, -(-p.M // config.BLOCK_M), chip, least=4))
+    heads = p.Hk * (1 if p.shares_k else p.B)
+    programs, tiles = -(-p.N // config.BLOCK_N) * heads, -(-p.M // config.BLOCK_M)
+    if programs < chip.multiprocessors or p.N <= config.BLOCK_N:
+        return config._replace(splits=shares(programs, tiles, chip, least=4))
+    partial, dq = 4 * heads * p.N * (p.D + p.Dv), p.B * p.Hq * p.M * p.D * p.dtype.itemsize
+    most = max(1, min(MOST_EVENED, tiles // 4, dq // partial))
+    times = {splits: -(-programs * splits // chip.multiprocessors) / splits for splits in range(1, most + 1)}
+    return config._replace(splits=next(n for n, time in times.items() if time <= EVEN_ENOUGH * min(times.values())))
 
 
 def all_queries(config: Config, problem: Problem, chip: Chip) -> Config:
@@ -145,6 +169,8 @@ def accumulators(kernel: str, config: Config, problem: Problem) -> int:
     D, Dv = (max(16, power_of_two(n)) for n in (problem.D, problem.Dv))
     sizes = dict(forward=config.BLOCK_M * Dv, dq=config.BLOCK_M * D, short_queries=config.BLOCK_M * D)
     sizes["bias_grad"] = config.BLOCK_M * config.BLOCK_N
+    if kernel == "dkv" and apart(problem):
+        sizes["dkv"] = config.BLOCK_N * max(D, Dv)
     return sizes.get(kernel, config.BLOCK_N * (D + Dv)) // (32 * config.num_warps)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from crossattn_kernels.problem import Problem
 from crossattn_kernels.tuning.chips import Chip
-from crossattn_kernels.tuning.rules import Config, head_size, shared_bytes
+from crossattn_kernels.tuning.rules import MOST_EXTRAS, Config, head_size, shared_bytes
 
 SCHEMA = 1
 FOLDER = Path(__file__).with_name("tables")
@@ -65,7 +65,7 @@ def kind_of(problem: Problem) -> str:
     if p.plain:
         padded = max(p.D, p.Dv) != head_size(p)
         return ("padded " if padded else "") + ("ranges" if p.masked else "plain")
-    if p.extras > 3:
+    if p.extras > MOST_EXTRAS:
         return "many"
     if p.drops:
         return "dropout"
