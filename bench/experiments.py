@@ -24,7 +24,7 @@ import torch
 
 from bench import rows
 from bench.clocks import said
-from bench.jobs import DONE, LEFT_OUT, PENDING
+from bench.jobs import DONE, LEFT_OUT, PENDING, answers
 from bench.named import NAMED
 from bench.supervise import supervise
 from bench.variants import forward_by
@@ -81,6 +81,7 @@ def sweep(field: str, heads: int, resident: int, splits: tuple[int, ...]) -> Cal
 
 
 BIASED = Case("bias", 2, 16, 16, 4096, 77, 128, bias=(1, 1, 1, 1), layout="bshd", source="a bias for every pair")
+SHARED_BIAS = Case("shared bias", 16, 12, 12, 1024, 512, 64, bias=(0, 1, 1, 1), layout="bshd", source="one for a batch")
 VIDEO = Case("video", 1, 16, 16, 64, 65536, 64, layout="bshd", source="resampler, 64 latents, 256 frames of 256 tokens")
 EVEN = Case("even", 16, 20, 20, 448, 1536, 64, layout="bshd", source="Whisper, training, with keys to fill whole tiles")
 IN_ORDER = "The second product of a tile waits in the loop for the exponentials of the same tile instead of the next."
@@ -149,11 +150,19 @@ EXPERIMENTS = (
     ),
     Experiment(
         "two-pass, splits",
-        "Several programs share the queries of a tile of keys. 320 tiles ship unsplit: there are more than "
-        "multiprocessors.",
-        "Waves of one program a multiprocessor, for dk and dv alone: 320 programs leave 56 to a third wave. Partial "
-        "sums for nothing.",
-        NAMED["W2a"].case, ("dkv_kernel", "fold_kernel"), sweep("dkv", 320, 1, (2, 3, 4, 5)),
+        "How many programs share the queries of a tile of keys. 4 for each of 160 tiles ship.",
+        "Waves of one program a multiprocessor, for dk and dv alone: 160 programs leave 28 to a second wave, 640 leave "
+        "112 to a fifth. Partial sums for nothing.",
+        NAMED["W2a"].case, ("dkv_kernel", "fold_kernel"), sweep("dkv", 160, 1, (1, 2, 3, 5)),
+    ),
+    Experiment(
+        "tiles of dk and dv, D = 128", "Smaller tiles than the 64 queries and 128 keys that ship.",
+        "The time of products by `aot/products.py`: narrow ones read as many keys from shared memory as wide ones.",
+        NAMED["W4a"].case, ("dkv_kernel",),
+        lambda p: [
+            Way(f"{m} x {n}", slower, dict(dkv=p.dkv._replace(BLOCK_M=m, BLOCK_N=n, num_stages=2)))
+            for m, n, slower in ((32, 128, 1.25), (16, 128, 1.75), (32, 64, 3.0))
+        ],
     ),
     Experiment(
         "one pass for short keys, batch 2", "Two passes, as for any number of keys.",
@@ -166,16 +175,16 @@ EXPERIMENTS = (
         NAMED["W1b"].case, BACKWARD, lambda p: [Way("two-pass", 1.5, dict(backward_schedule="two-pass"))],
     ),
     Experiment(
+        "loads of the bias gradient", "One stage: tiles are loaded when they are needed, as in nested loops over batch "
+        "and heads, which came before the one loop.",
+        "Two products a tile are over long before its four loads, and two programs a multiprocessor hide half of that.",
+        SHARED_BIAS, ("bias_grad_kernel",),
+        lambda p: [Way("one stage", 1.5, dict(bias_grad=p.bias_grad._replace(num_stages=1)))],
+    ),
+    Experiment(
         "spills", "The larger tile that ran before tables knew such calls apart; it spills 384 bytes a thread.",
         "A spill is written and read in L1, once a tile; smaller tiles load the same bias and compute as much.",
         BIASED, FORWARD, lambda p: [Way("128 x 64", 1.1, dict(forward=Config(128, 64, 8, 2)))],
-    ),
-    Experiment(
-        "small spills",
-        "Tiles of half the queries for dk and dv. With Triton 3.6 what ships spills 32 bytes a thread where keys do "
-        "not fill whole tiles, and these do not.",
-        "Two of four products are half as wide, and as each reads all keys from shared memory, take 1.5 times as long.",
-        NAMED["W8a"].case, ("dkv_kernel",), lambda p: [Way("32 x 128", 1.2, dict(dkv=Config(32, 128, 8, 3)))],
     ),
 )  # fmt: skip
 
@@ -205,7 +214,7 @@ BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 
 
 def work(jobs: Sequence[Job], states: MutableSequence[int], deadlines: Sequence[float], path: Path, head: Any) -> None:
-    """Do what is pending and not late (time.monotonic())."""
+    """Do what is pending and not late (time.monotonic()); returns early when the device no longer answers."""
     device = torch.device("cuda", 0)
     for i, job in enumerate(jobs):
         if states[i] != PENDING:
@@ -217,6 +226,8 @@ def work(jobs: Sequence[Job], states: MutableSequence[int], deadlines: Sequence[
         row = head | job._asdict() | measured(experiment, ways_of(experiment, device)[job.way], device)
         append(path, row)
         states[i] = DONE
+        if not answers("cuda"):
+            return
 
 
 def measured(experiment: Experiment, way: Way, device: torch.device) -> dict[str, Any]:
@@ -252,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=BY_NAME, metavar="NAME", help=", ".join(BY_NAME))
     parser.add_argument("--budget", type=float, default=SECONDS, metavar="SECONDS")
     parser.add_argument("--out", type=Path, default=rows.FOLDER, help="folder of the results")
+    parser.add_argument("--commit", help="what was measured, if the tree has no .git")
     parser.add_argument("--page", action="store_true", help=f"write {PAGE.name} and measure nothing")
     args = parser.parse_args(argv)
     if args.page:
@@ -265,7 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = path.with_name(f"{path.stem}-experiments.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {
-        n: v for n, v in rows.machine(gpu).items() if n in ("device", "driver", "torch", "triton", "commit", "date")
+        n: v
+        for n, v in rows.machine(gpu, args.commit).items()
+        if n in ("device", "driver", "torch", "triton", "commit", "date")
     }
     device = torch.device("cuda", 0)
     jobs = [Job(name, way) for name in args.only or BY_NAME for way in ways_of(BY_NAME[name], device)]

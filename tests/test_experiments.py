@@ -125,10 +125,15 @@ def test_what_is_late_is_left_out_and_lines_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "BY_NAME", {"small one": experiment(way)})
     monkeypatch.setattr(experiments, "ways_of", lambda e, device: {"other": way})
     monkeypatch.setattr(experiments, "measured", lambda e, way, device: dict(predicted=0.7, status="wrong", detail="x"))
+    monkeypatch.setattr(experiments, "answers", lambda device: True)
     path, states, jobs = tmp_path / "a-experiments.jsonl", [PENDING, PENDING], [Job("small one", "other")] * 2
     work(jobs, states, [time.monotonic() + 100, time.monotonic() - 1], path, dict(device="a"))
     assert states == [DONE, LEFT_OUT]
     assert read(tmp_path)[jobs[0]]["detail"] == "x" and len(path.read_text().splitlines()) == 1
+    states[:] = [PENDING, PENDING]
+    monkeypatch.setattr(experiments, "answers", lambda device: False)  # another process goes on
+    work(jobs, states, [time.monotonic() + 100] * 2, path, dict(device="a"))
+    assert states == [DONE, PENDING]
 
 
 def test_the_page_is_that_of_the_results():

@@ -62,7 +62,13 @@ def compile_call(
     with standing_in(arch), timed(started) as seconds:
         _run(*problem.canonical(q, k, v, mask, **rest), backward)
         return [
-            Row(name, schedule, config, figures(compiled, arch, brief), seconds.get(name, 0.0))
+            Row(
+                name,
+                schedule,
+                config,
+                figures(compiled, arch, config.BLOCK_M * config.BLOCK_N, brief),
+                seconds.get(name, 0.0),
+            )
             for name, schedule, config, compiled in launched()
         ]
 

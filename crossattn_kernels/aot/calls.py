@@ -140,13 +140,16 @@ def sweep(every: bool = False) -> Iterator[Call]:
 
 def _kinds(shape: str, dtype: str, D: int) -> tuple[str, ...]:
     if dtype == "bf16" and D in PADDED:
+        few = ("plain", "ranges", "keys", "blocks", "bias", "row gate", "everything")
         kinds = {
             "two-pass": tuple(KINDS),
             "ragged": ("plain", "ranges", "bias"),
-            "short keys": ("plain", "row gate", "bits", "bias", "keys, bias", "ranges, gate", "everything"),
+            "short keys": tuple(KINDS),
             "fewer keys": ("bias", "ranges, gate", "everything"),
-            "short queries": ("plain", "keys", "row gate"),
+            "short queries": tuple(KINDS),
             "fewer queries": ("ranges", "bias"),
+            "split": few,
+            "packed decode": few,
             "split queries": ("ranges",),
         }
         return kinds.get(shape, ("plain",))

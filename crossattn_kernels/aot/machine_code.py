@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import triton
 
+from crossattn_kernels.aot.products import BANDWIDTH, ENTRIES, NARROW_RATE, wide_product
 from crossattn_kernels.tuning import CHIPS
 
 # instructions by the field that counts them, at the beginning of an opcode
@@ -26,6 +27,8 @@ COUNTED = {
     "spill_loads": r"LDL\b",
     "spill_stores": r"STL\b",
 }
+CYCLES = ("product_cycles", "shared_cycles", "issue_cycles")
+MOVED = {".128": 16, "88.4": 16, ".64": 8, "88.2": 8}  # bytes a thread by a part of the opcode; 4 without one
 REGISTERS, THREADS, PROGRAMS = 65536, {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048}, 32  # of a multiprocessor
 
 
@@ -49,10 +52,14 @@ class Figures(NamedTuple):
     tma_loads: int
     wide_copies: int  # 16 bytes from global to shared memory
     narrow_loads: int  # 2 bytes
+    # cycles that 128 x 128 logits keep parts of a multiprocessor busy, at least; 0 without HGMMA and HMMA
+    product_cycles: int = 0  # the tensor cores, or shared memory with what they read by themselves
+    shared_cycles: int = 0  # shared memory with the rest
+    issue_cycles: int = 0  # one instruction each for four warps
 
 
-def figures(compiled: Any, arch: str, brief: bool = False) -> Figures:
-    """Those of what Triton compiled; if brief, without counts, which take most of the time."""
+def figures(compiled: Any, arch: str, entries: int, brief: bool = False) -> Figures:
+    """Those of what Triton compiled for tiles of `entries` logits; if brief, without counts, which take most time."""
     shared, threads = compiled.metadata.shared, compiled.metadata.num_warps * compiled.metadata.target.warp_size
     if "cubin" in compiled.asm:
         usage, code = disassembled(compiled.asm["cubin"], brief)
@@ -67,6 +74,7 @@ def figures(compiled: Any, arch: str, brief: bool = False) -> Figures:
         spills = dict(spill_loads=spilled, spill_stores=spilled)
     opcodes = [opcode for _, opcode, _ in instructions(code)]
     counts = {name: sum(bool(re.match(p, o)) for o in opcodes) for name, p in COUNTED.items()}
+    cycles = zip(CYCLES, busy(code, compiled.metadata.num_warps))
     return Figures(
         registers=registers,
         stack=stack,
@@ -74,6 +82,7 @@ def figures(compiled: Any, arch: str, brief: bool = False) -> Figures:
         programs=programs(arch, registers, shared, threads),
         overlapped=overlapped(code),
         overwritten=overwritten(code),
+        **{name: round(n * ENTRIES / entries) for name, n in cycles},
         **(counts | spills),
     )
 
@@ -113,20 +122,44 @@ def instructions(code: str) -> Iterator[tuple[int, str, str]]:
         yield from ((0, match[1], match[2]) for match in re.finditer(r"^\s+([a-z]\w+)[ \t]+(.*)$", code, re.M))
 
 
-def overlapped(code: str) -> float | None:
-    """The share of a loop's exponentials issued between a product and the wait for it: the most of all loops."""
+Listing = list[tuple[int, str, str]]
+
+
+def loops(code: str) -> Iterator[Listing]:
+    """The instructions of every loop."""
     listing = list(instructions(code))
     at = {address: i for i, (address, _, _) in enumerate(listing)}
-    shares = []
     for i, (address, opcode, operands) in enumerate(listing):
         target = re.search(r"(0x[0-9a-f]+)$", operands) if opcode.startswith("BRA") else None
         if target is not None and int(target[1], 16) < address:
-            hidden, total = _hidden(listing[at[int(target[1], 16)] : i])
-            shares += [hidden / total] if total else []
+            yield listing[at[int(target[1], 16)] : i + 1]
+
+
+def busy(code: str, warps: int) -> tuple[float, ...]:
+    """`CYCLES` of one turn of the shortest loop that multiplies."""
+    multiplying = [loop for loop in loops(code) if any(re.match("HG?MMA", opcode) for _, opcode, _ in loop)]
+    loop = min(multiplying, key=len, default=[])
+    product = shared = 0.0
+    for _, opcode, operands in loop:
+        wide = re.match(r"HGMMA\.64x(\d+)x", opcode)
+        if wide is not None:
+            in_registers = re.match(r"R\d+, R\d+,", operands) is not None
+            product += wide_product(int(wide[1]), not in_registers) / 4  # of four warps
+        elif opcode.startswith("HMMA"):
+            product += 16 * 8 * (16 if ".16816" in opcode else 8) / NARROW_RATE
+        elif re.match("LDS|STS|LDGSTS", opcode):
+            moved = next((size for part, size in MOVED.items() if part in opcode), 4)
+            shared += moved * 32 / BANDWIDTH
+    return product * warps, shared * warps, len(loop) / 4 * warps
+
+
+def overlapped(code: str) -> float | None:
+    """The share of a loop's exponentials issued between a product and the wait for it: the most of all loops."""
+    shares = [hidden / total for hidden, total in map(_hidden, loops(code)) if total]
     return round(max(shares), 2) if shares else None
 
 
-def _hidden(loop: list[tuple[int, str, str]]) -> tuple[int, int]:
+def _hidden(loop: Listing) -> tuple[int, int]:
     """(exponentials under a product, all of them) of a loop; none where it has no HGMMA."""
     under_way, hidden, total = False, 0, 0
     if any(opcode.startswith("HGMMA") for _, opcode, _ in loop):
