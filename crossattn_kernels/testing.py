@@ -22,7 +22,8 @@ from crossattn_kernels.masks import Mask
 
 SLACK = {"y": 2, "lse": 2}
 GRADIENT_SLACK = 3
-FEW, DRAWS = 64, 4  # a tensor with fewer elements than this is judged over some draws
+FEW, DRAWS = 64, 4  # a tensor with fewer elements than this is judged over some draws,
+SMALL, MORE_DRAWS = 1024, 16  # and over more where q has fewer elements than this, so that a draw costs little
 
 
 class Row(NamedTuple):
@@ -218,14 +219,16 @@ def check(
     case: Case, backend: str | None, device: torch.device | str = "cpu", seed: int = 0, through_lse: bool = True
 ) -> list[Row]:
     """Errors and budgets of a backend on a case: results and all gradients."""
-    few = any(t.numel() < FEW for t in draw(case).tensors.values())
+    tensors = draw(case).tensors
+    draws = MORE_DRAWS if tensors["q"].numel() < SMALL else DRAWS
+    few = any(t.numel() < FEW for t in tensors.values())
 
     def rows(seed: int) -> list[Row]:
         call = draw(case, device, seed)
         ways = ((backend, None), ("reference", torch.float64), ("reference", None))
         return compare(*(run(call, name, dtype, through_lse) for name, dtype in ways))
 
-    return worst([rows(seed + i) for i in range(DRAWS if few else 1)])
+    return worst([rows(seed + i) for i in range(draws if few else 1)])
 
 
 def worst(draws: list[list[Row]]) -> list[Row]:

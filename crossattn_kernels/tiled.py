@@ -123,7 +123,8 @@ def backward(
         t = torch.tanh(x.gate.to(lse.dtype))
         do = (t * dy).to(dy.dtype)
         if wanted.gate:
-            dgate = ((1 - t * t) * (dy.to(lse.dtype) * o).double().sum_to_size(t.shape)).to(x.gate.dtype)
+            slope = 1 - torch.tanh(x.gate.double()) ** 2
+            dgate = (slope * (dy.to(lse.dtype) * o).double().sum_to_size(t.shape)).to(x.gate.dtype)
     by_flash, by_tiles = _shared_out(call, lse, dlse is None and not wanted.bias)
     quiet = do
     if by_flash and by_tiles:  # the flash kernel sees no gradient of the queries that the tile loop does
@@ -144,11 +145,11 @@ def backward(
     if wanted.bias:
         grads = grads._replace(bias=torch.zeros_like(x.bias, dtype=lse.dtype))  # type: ignore[arg-type]
     if wanted.scale:
-        grads = grads._replace(scale=torch.zeros(x.sizes[:3], dtype=lse.dtype, device=x.q.device))
+        grads = grads._replace(scale=torch.zeros(x.sizes[:3], dtype=torch.float64, device=x.q.device))
     for part in by_tiles:
         for piece in small(x, part):
             _tile_backward(call, piece, do, dlse, o, lse, grads)
-    dscale = None if grads.scale is None else grads.scale.sum(2, dtype=torch.float64).sum_to_size(x.scale.shape)  # type: ignore[union-attr]
+    dscale = None if grads.scale is None else grads.scale.sum(2).sum_to_size(x.scale.shape)  # type: ignore[union-attr]
     given = Gradients(x.q, x.k, x.v, x.bias, x.gate, x.scale)
     grads = grads._replace(gate=dgate, scale=dscale)
     return Gradients(*(g if g is None else g.to(t.dtype) for g, t in zip(grads, given)))  # type: ignore[union-attr]
@@ -254,9 +255,13 @@ def _flash_forward(call: Call, part: Part) -> tuple[Tensor, Tensor]:
 def _flash_backward(call: Call, part: Part, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of a part, laid out as (b, m, Hq, D) and (b, n, Hk, D)."""
     (q, k, v, mask), causal = _flash_operands(call, part), part.kind == "causal"
-    at = (part.batch, slice(None), part.rows)
+    at, group = (part.batch, slice(None), part.rows), q.shape[1] // k.shape[1]
     lse = lse[at].masked_fill(lse[at] == -math.inf, 0)
-    return flash_backward(do[at], q, k, v, o[at], lse, 0.0, causal, attn_mask=mask, scale=call.options.scale)
+    # over the heads of a group the kernel goes on adding to one sum, which loses digits of fp32
+    apart = group > 1 and q.dtype == torch.float32
+    k, v = (t.repeat_interleave(group, 1) if apart else t for t in (k, v))
+    dq, dk, dv = flash_backward(do[at], q, k, v, o[at], lse, 0.0, causal, attn_mask=mask, scale=call.options.scale)
+    return dq, *(t.unflatten(1, (-1, group)).sum(2) if apart else t for t in (dk, dv))
 
 
 # ---- the tile loop ----
@@ -404,5 +409,5 @@ def _tile_backward(
         dq += _product(ds, tile.k)  # without the scale
         _add(grads.k, tile.part, tile.part.keys, _transposed_product(ds.mul_(scale), q, heads))
     if grads.scale is not None:
-        grads.scale[at] += (dq * q).sum(-1)
+        grads.scale[at] += (dq.double() * q).sum(-1)
     _add(grads.q, part, part.rows, dq * scale)

@@ -81,7 +81,7 @@ def test_both_sides_are_alike_and_ours_is_ours(name, monkeypatch):
 
 
 def test_rows_are_written_to_a_folder_that_is_made(monkeypatch, tmp_path, capsys):
-    """Also those before a run that is cut off."""
+    """Also those before a run that is cut off, which does not take the place of a whole one."""
 
     def cut(place):
         raise KeyboardInterrupt
@@ -89,5 +89,8 @@ def test_rows_are_written_to_a_folder_that_is_made(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(layers, "PAIRS", dict(small=(pair, (FORWARD,), None), cut=(cut, (BOTH,), None)))
     with pytest.raises(KeyboardInterrupt):
         layers.main(["--device", "cpu", "--out", str(tmp_path / "new")])
-    (row,) = json.loads((tmp_path / "new" / "layers-cpu.json").read_text())
+    (row,) = json.loads((tmp_path / "new" / "layers-cpu.part.json").read_text())
     assert row["name"] == "small" and row["status"] == "ok" and row["wall_ratio"] > 0
+    monkeypatch.delitem(layers.PAIRS, "cut")
+    assert layers.main(["--device", "cpu", "--out", str(tmp_path / "new")]) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["layers-cpu.json"]
