@@ -220,7 +220,8 @@ def check(
 ) -> list[Row]:
     """Errors and budgets of a backend on a case: results and all gradients."""
     tensors = draw(case).tensors
-    draws = MORE_DRAWS if tensors["q"].numel() < SMALL else DRAWS
+    # not where the interpreter may run them
+    draws = MORE_DRAWS if tensors["q"].numel() < SMALL and backend != "triton" else DRAWS
     few = any(t.numel() < FEW for t in tensors.values())
 
     def rows(seed: int) -> list[Row]:
