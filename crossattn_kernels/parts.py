@@ -26,7 +26,7 @@ TILE = 2**20  # logits in one tile, all heads together
 KEYS = 1024  # keys in one tile
 # PyTorch's flash kernel, as measured
 PART = 2**16  # logits that take it as long as a call takes besides
-ROWS, BLOCK = 192, 256  # queries from which on it is fast, forward and backward
+ROWS, BLOCK = 128, 256  # queries from which on it is fast, forward and backward
 
 Rows = NDArray[np.integer[Any]]  # one number a query
 

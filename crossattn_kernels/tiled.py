@@ -126,19 +126,19 @@ def backward(
             slope = 1 - torch.tanh(x.gate.double()) ** 2
             dgate = (slope * (dy.to(lse.dtype) * o).double().sum_to_size(t.shape)).to(x.gate.dtype)
     by_flash, by_tiles = _shared_out(call, lse, dlse is None and not wanted.bias)
-    quiet = do
-    if by_flash and by_tiles:  # the flash kernel sees no gradient of the queries that the tile loop does
-        quiet = do.clone()
+    quiet = lse
+    if by_flash and by_tiles:  # to the flash kernel, queries that the tile loop does have no p
+        quiet = lse.clone()
         for part in by_tiles:
-            quiet[part.batch, :, part.rows] = 0
+            quiet[part.batch, :, part.rows] = math.inf
     B, _, M, N = x.sizes
     if len(by_flash) == 1 and size(by_flash[0]) == (B, M, N):
-        found = _flash_backward(call, by_flash[0], quiet, o, lse)
+        found = _flash_backward(call, by_flash[0], do, o, quiet)
         grads = Gradients(*((g.to(lse.dtype) if by_tiles else g) if w else None for g, w in zip(found, wanted)))
     else:
         grads = Gradients(*(_zeros(t, lse.dtype) if w else None for t, w in zip((x.q, x.k, x.v), wanted)))
         for part in by_flash:
-            dq, dk, dv = _flash_backward(call, part, quiet, o, lse)
+            dq, dk, dv = _flash_backward(call, part, do, o, quiet)
             _add(grads.q, part, part.rows, dq)
             _add(grads.k, part, part.keys, dk)
             _add(grads.v, part, part.keys, dv)

@@ -228,7 +228,7 @@ def test_parts_worth_a_call():
 
 ALONG = {  # (M, N, mask, whether it is cut anew)
     "window": (900, 700, Mask.window(900, 700, 100, 60), True),
-    "diagonal": (700, 1500, Mask.window(700, 1500, 0, 0), False),
+    "diagonal": (700, 1500, Mask.window(700, 1500, 0, 0), True),
     "causal": (1500, 1201, Mask.window(1500, 1201, 2000, 0), False),
     "band": (600, 600, Mask.window(600, 600, 9, 9), True),
     "media": (1000, 640, Mask.media(torch.arange(1000)[None] % 100 == 50, 64, latest=False), True),
