@@ -162,8 +162,8 @@ class Mask:
                 visible = visible.repeat_interleave(group // size, -1)
                 visible, group = visible[..., offset : offset - (first - last) // size], size
         return Mask(
-            start=None if self.start is None else self.start.clamp(min=0) - first,
-            end=None if self.end is None else self.end - first,
+            start=None if self.start is None else as_range(self.start).clamp(min=0) - first,
+            end=None if self.end is None else as_range(self.end).clamp(min=0) - first,
             keys=None if self.keys is None else self.keys[:, first:last],
             visible=visible,
             query_group=self.query_group,

@@ -290,7 +290,8 @@ def _tiles(call: Call, part: Part, q: Tensor, sloped: bool = False) -> Iterator[
         seen = None if part.kind == "whole" else visible(call, at)
         if bias is not None:
             s += bias
-            seen = (bias > -math.inf) if seen is None else seen & (bias != -math.inf)
+            shown = bias != -math.inf  # NaN is shown
+            seen = shown if seen is None else seen & shown
         if seen is not None:
             # a value that is not finite reaches the queries that see it through their logits, and nobody else
             if device != "cpu" or not (finite(k) and finite(v)):  # elsewhere to ask would wait

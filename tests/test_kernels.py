@@ -12,7 +12,7 @@ from crossattn_kernels import Mask, cross_attention, cross_attention_chunked, dr
 from crossattn_kernels.kernels import launch
 from crossattn_kernels.kernels.softmax import kept, tanh
 from crossattn_kernels.kernels.views import Dropout, Logits, MaskView, View
-from crossattn_kernels.testing import FEATURES, PLAIN, assert_within_budget, check, compare, draw, run, worst
+from crossattn_kernels.testing import FEATURES, PLAIN, assert_within_budget, check, compare, draw, poisoned, run, worst
 from crossattn_kernels.tuning import Config
 
 BACKENDS = ["torch", "triton"]
@@ -40,6 +40,7 @@ def test_two_runs_are_bitwise_equal(backend, name):
 HIDING = {
     "padding": lambda M, N: Mask(keys=torch.arange(N)[None] % 3 != 1),
     "ranges": lambda M, N: Mask(torch.arange(M)[None, None] % 13, 20 + torch.arange(M)[None, None] % 9),
+    "starts": lambda M, N: Mask(start=11 + torch.arange(M)[None, None] % 5),
     "packed": lambda M, N: Mask.packed(torch.tensor([0, 7, 19]), torch.tensor([0, 5, 37])),
     "dense": lambda M, N: Mask.groups(torch.rand(M, N, generator=torch.Generator().manual_seed(0)) > 0.3),
     "tiles": lambda M, N: Mask.groups((torch.arange(M)[:, None] + torch.arange(-(-N // 5))) % 2 == 0, 1, 5),
@@ -124,6 +125,53 @@ def test_a_bias_of_minus_infinity_hides_too(backend):
     v[:, :, 10] = math.nan
     y, lse = cross_attention(*(call.tensors[n] for n in "qk"), v, bias=bias, return_lse=True, backend=backend)
     assert y.isfinite().all() and not y[:, :, 3].any() and (lse[:, :, 3] == -math.inf).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("N", [13, 37], ids=["one tile", "three tiles"])
+def test_a_key_that_a_bias_hides_from_all_has_no_gradient(backend, N):
+    """Also from queries past the end, which a tile has though nobody asked."""
+    call = draw(replace(SMALL, N=N, M=17))
+    k, v, bias = call.tensors["k"].clone(), call.tensors["v"].clone(), torch.zeros(17, N)
+    bias[:, 10], k[:, :, 10], v[:, :, 10] = -math.inf, math.nan, math.nan
+    with tile_size(16):
+        found = run(call._replace(tensors=call.tensors | {"k": k, "v": v}, options={"bias": bias}), backend)
+    assert all(t.isfinite().all() for t in found.values())
+    assert not found["dk"][:, :, 10].any() and not found["dv"][:, :, 10].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_nan_in_a_bias_is_not_hidden(backend, softcap):
+    """What it makes NaN in the reference is NaN, and nothing else."""
+    call = draw(replace(SMALL, B=1, bias=(0, 0, 1, 1), softcap=softcap))
+    call.tensors["bias"][..., 3, 10] = math.nan
+    found, expected = run(call, backend), run(call, "reference")
+    assert all(torch.equal(found[n].isnan(), expected[n].isnan()) for n in expected)
+    assert expected["y"][:, :, 3].isnan().all() and not expected["y"][:, :, 4].isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_a_bias_a_query_where_ranges_start_late(backend):
+    """The first tile of keys that a query sees is not the first of all."""
+    ranges = Mask(torch.full((1, 1, 20), 150), torch.full((1, 1, 20), 190))
+    call = draw(replace(SMALL, M=20, N=200, bias=(0, 0, 1, 0)))._replace(mask=ranges)
+    expected = (run(call, "reference", dtype) for dtype in (torch.float64, None))
+    with poisoned():
+        found = run(call, backend)
+    assert_within_budget(compare(found, *expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_a_scale_leaves_out_rows_that_see_nothing(backend):
+    """Whatever the gradient of their lse, which a loss may make infinite."""
+    tensors = {n: t.requires_grad_() for n, t in draw(replace(SMALL, scale="head")).tensors.items()}
+    mask = Mask(end=(torch.arange(SMALL.M) % 3 * 10)[None, None])
+    _, lse = cross_attention(**tensors, mask=mask, return_lse=True, backend=backend)
+    dlse = torch.where(lse == -math.inf, lse, 1)
+    assert all(
+        grad.isfinite().all() for grad in torch.autograd.grad(lse, [tensors[n] for n in ("q", "k", "scale")], dlse)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

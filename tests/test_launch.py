@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
+import gc
 import struct
 import sys
 
@@ -51,9 +52,18 @@ def launch_and_look(self, kernel, arguments, *tensors, label=""):
     expected = tuple(values((*expected, self.constants(config)), compiled.src.signature.values()))
     assert arrived.pop() == (kernel.__name__, programs, 32 * config.num_warps, compiled.metadata.shared, expected)
     assert not arrived
-    entry = compiled.asm["ptx"].partition(".entry")[2].partition("{")[0]
+    ptx = compiled.asm["ptx"]
+    if kernel.__name__ == "forward_kernel":  # PTX's other maximum takes NaN for LOWEST, the interpreter's does not
+        assert ("max.NaN.f32" in ptx) is self.problem.biased
+    entry = ptx.partition(".entry")[2].partition("{")[0]
     assert entry.count(".param") == len(expected) + 2, entry  # memory that Triton may want comes last
     checked.append(kernel.__name__)
+
+
+def alive():  # bytes of all tensors
+    gc.collect()
+    storages = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 Launcher.__call__ = launch_and_look
@@ -67,6 +77,12 @@ with libcuda.launching("sm_90", arrived.append):
     for _ in range(2):
         cross_attention(q, chunks[0], chunks[0], backend="triton").sum().backward()
         cross_attention_chunked(q, [(c, c) for c in chunks], backend="triton").sum().backward()
+    del call
+    before = alive()
+    call = draw(FEATURES[0], "cpu")._replace(options={"bias": torch.zeros(37, 53)})  # a signature that is new
+    run(call, "triton")
+    del call
+    assert alive() == before, "a launch keeps the tensors of its first call"
 print(*sorted(set(checked)))
 """
 

@@ -202,6 +202,13 @@ def test_slice_keys_is_the_slice(name, first, last):
     assert torch.equal(dense(mask.slice_keys(first, last), M, last - first), dense(mask)[..., first:last])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_slice_keys_of_ranges_in_small_integers(dtype):
+    low = torch.tensor([[[0, 100, torch.iinfo(dtype).min, 127]]], dtype=dtype)
+    for mask in (Mask(start=low), Mask(end=low)):
+        assert torch.equal(dense(mask.slice_keys(200, 300), 4, 100), dense(mask, 4, 300)[..., 200:])
+
+
 @pytest.mark.parametrize(("first", "last", "group"), [(12, 20, 12), (18, 30, 6), (15, 40, 3), (13, 20, 1), (30, 30, 6)])
 def test_slice_keys_keeps_groups_as_large_as_they_may_be(first, last, group):
     mask = Mask.groups(bits(M, 4), 1, 12)

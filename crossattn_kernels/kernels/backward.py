@@ -367,7 +367,8 @@ class Backward:
             parts = sums.scale.unflatten(0, (-1, x.sizes[0]))
             dsx, ds, px = parts.sum(0, dtype=torch.float64).unbind(1)  # (B, Hq, M)
             error = (0 if self.dlse is None else self.dlse) - ds
-            found["scale"] = (dsx + error * px).sum(-1).sum_to_size(x.scale.shape)
+            error = torch.where(px == 0, 0, error * px)  # a row that sees nothing, whatever its dlse
+            found["scale"] = (dsx + error).sum(-1).sum_to_size(x.scale.shape)
         return found
 
     def folded(self, parts: Tensor | None, like: Tensor, name: str) -> Tensor | None:

@@ -39,8 +39,9 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, Hb
         if reaches(logits.mask, b, h, rows, keys, M, N, ONE_ROW):
             if touches(logits.mask, b, h, rows[:, None], keys[None, :], M, N):
                 acc += tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, C)
-    rows, keys = m_first + tl.arange(0, C.BLOCK_M)[:, None], n_first + tl.arange(0, C.BLOCK_N)[None, :]
     # a dimension that is summed has one entry: every row (column) of acc becomes the sum, the first is stored
+    rows = (0 if SUM_M else m_first) + tl.arange(0, C.BLOCK_M)[:, None]
+    keys = (0 if SUM_N else n_first) + tl.arange(0, C.BLOCK_N)[None, :]
     if SUM_M:
         acc = tl.sum(acc, 0, keep_dims=True) + tl.zeros_like(acc)
     if SUM_N:

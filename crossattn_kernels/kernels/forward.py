@@ -128,7 +128,7 @@ def merge_kernel(partial, result, splits, B, Hq, M, C: tl.constexpr):
     tile, b, h = program(tl.cdiv(M, C.BLOCK_M), Hq)
     rows, dv = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_DV)
     state = softmax_init(C.BLOCK_M, C.BLOCK_DV)
-    for split in tl.range(0, splits):
+    for split in tl.range(0, splits, num_stages=4):  # a load for each alone would wait for memory
         at_split = split * B + b
         m = load_vec(partial.m, at_split, h, rows, M, float("-inf"))
         l = load_vec(partial.l, at_split, h, rows, M, 0.0)

@@ -136,15 +136,13 @@ def binder(template: Any, tensors: Sequence[Any]) -> Callable[[Sequence[Any]], t
     def code(value: Any) -> str:
         if isinstance(value, Tensor):
             return f"t[{next(i for i, t in enumerate(tensors) if t is value)}]"
-        name = f"c{len(names)}"
-        names[name] = value
-        if not isinstance(value, (tuple, list)) or not any(_holds_tensor(v) for v in value):
+        name, holds = f"c{len(names)}", _holds_tensor(value)
+        names[name] = type(value) if holds else value  # never a tensor, which would live as long as the function
+        if not holds:
             return name
         parts = ", ".join(map(code, value))
-        if not hasattr(value, "_fields") or not INTERPRETED.value:
-            return f"({parts},)"  # a compiled kernel knows the fields already
-        names[name] = type(value)
-        return f"{name}({parts})"
+        # a compiled kernel knows the fields already
+        return f"{name}({parts})" if hasattr(value, "_fields") and INTERPRETED.value else f"({parts},)"
 
     return eval(f"lambda t: {code(template)}", names)
 

@@ -42,8 +42,8 @@ def hide(s, logits, b, h, rows, keys, M, N):
     seen = keys < N
     if logits.bias is not None:
         exists = (rows < M) & (keys < N)
-        bias = tl.load(at(logits.bias, (b, h, rows, keys)), mask=exists, other=0.0).to(tl.float32)
-        s += tl.maximum(bias, LOWEST) * LOG2E
+        bias = tl.load(at(logits.bias, (b, h, rows, keys)), mask=exists, other=float("-inf")).to(tl.float32)
+        s += tl.maximum(bias, LOWEST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
         seen &= bias != float("-inf")  # also where the product is NaN
     seen &= visible(logits.mask, b, h, rows, keys, M, N)
     if logits.mask.flat is not None:
@@ -87,10 +87,10 @@ def store_scale_sums(x, b, h, rows, M, sums):
 
 @triton.jit
 def visible(mask, b, h, rows, keys, M, N):
-    """Which of these keys each query may see."""
+    """Which of these keys each query may see; one past the end sees none that anything hides from a query."""
     seen = keys < N
     if mask.start is not None:
-        seen = seen & (keys >= tl.load(at(mask.start, (b, h, rows)), mask=rows < M, other=0))
+        seen = seen & (keys >= tl.load(at(mask.start, (b, h, rows)), mask=rows < M, other=N))
     if mask.end is not None:
         seen = seen & (keys < tl.load(at(mask.end, (b, h, rows)), mask=rows < M, other=0))
     if mask.keys is not None:
@@ -146,7 +146,7 @@ def common_range(mask, b, h, rows, M, N):
 
 @triton.jit
 def whole_range(logits, b, h, rows, lo, hi, M, N, BLOCK_N: tl.constexpr):
-    """Part of [lo, hi), a multiple of BLOCK_N long, all of whose keys each of these queries sees; maybe empty, at hi.
+    """Part of [lo, hi), a multiple of BLOCK_N long, all of whose keys each of these queries sees; maybe empty, at lo.
 
     lo is a multiple of BLOCK_N.
     """
