@@ -228,7 +228,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         else "the number of heads of `v`" if heads_of_v != Hk
         else "the number of keys of `v`" if N_of_v != N
         else "the batch of `v`" if entries_of_v != entries
-        else "the batch of `k`" if B != entries and 1 not in (B, entries)
+        else "the batch of `k`" if not fits(B, entries) and entries != 1
         else "the number of heads of `k` (it must divide that of `q`)" if _not_multiple(Hq, Hk)
         else "the head size of `q`" if D == 0
         else "the head size of `v`" if v.shape[3] == 0
@@ -282,11 +282,17 @@ class SharedBatch(torch.autograd.Function):
         return (grad / ctx.batch).expand(ctx.batch, *grad.shape[1:])
 
 
+def fits(size: int, full: int) -> bool:
+    """Whether a dimension broadcasts to `full`."""
+    # `size in (1, full)` is False under torch.compile where one of the two is symbolic and the other is not
+    return size == 1 or size == full
+
+
 def _fit(name: str, t: Tensor, target: tuple[int, ...], **given: Tensor) -> Tensor:
     """`t` with leading dimensions of 1, checked to broadcast to `target`."""
     _same_device(name, t, **given)
     full = t if t.ndim >= len(target) else t.view(*(1,) * (len(target) - t.ndim), *t.shape)
-    if full.ndim != len(target) or any(a not in (1, b) for a, b in zip(full.shape, target)):
+    if full.ndim != len(target) or not all(map(fits, full.shape, target)):
         raise ValueError(f"{name} must broadcast to {target}, got {tuple(t.shape)}: {shapes(**given)}")
     return full
 
@@ -339,16 +345,16 @@ def _bits(name: str, t: Tensor | None, target: tuple[int, ...], **given: Tensor)
 def fit_gate(gate: Tensor, target: tuple[int, ...], q: Tensor, **others: Tensor) -> Tensor:
     """() or (1,) one gate; (Hq,) one a head; (Hq, Dv) one a channel of a head; otherwise the usual broadcasting."""
     _same_device("gate", _typed("gate", gate, "floats", q=q, **others), q=q, **others)
-    if gate.ndim == 1 and gate.shape[0] in (1, target[1]):
+    if gate.ndim == 1 and fits(gate.shape[0], target[1]):
         gate = gate.view(1, -1, 1, 1)
-    elif gate.ndim == 2 and gate.shape[0] in (1, target[1]) and gate.shape[1] in (1, target[3]):
+    elif gate.ndim == 2 and fits(gate.shape[0], target[1]) and fits(gate.shape[1], target[3]):
         gate = gate.view(1, gate.shape[0], 1, gate.shape[1])
     return _fit("gate", gate, target, q=q, **others)
 
 
 def _head_scale(scale: Tensor, Hq: int, **given: Tensor) -> Tensor:
     _same_device("scale", _typed("scale", scale, "floats", **given), **given)
-    if scale.shape not in ((), (1,), (Hq,)):
+    if scale.ndim > 1 or not all(fits(size, Hq) for size in scale.shape):
         raise ValueError(
             f"scale must be a float or a tensor of shape () or ({Hq},), got {tuple(scale.shape)}: {shapes(**given)}"
         )

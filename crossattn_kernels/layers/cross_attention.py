@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from crossattn_kernels.functional import cross_attention
 from crossattn_kernels.layers.heads import merge_heads, split_heads
 from crossattn_kernels.masks import Mask
-from crossattn_kernels.problem import one_of
+from crossattn_kernels.problem import fits, one_of
 
 
 class ContextCache(NamedTuple):
@@ -136,7 +136,7 @@ class CrossAttention(nn.Module):
             raise ValueError("give either context or context_cache, got " + ("neither" if context is None else "both"))
         k, v = context_cache
         full = (k.shape[0] if x.shape[0] == 1 else x.shape[0], *x.shape[1:])
-        if residual is not None and tuple(residual.shape) not in (full, (1, *full[1:])):
+        if residual is not None and (residual.shape[1:] != full[1:] or not fits(residual.shape[0], full[0])):
             raise ValueError(f"residual must have the shape {full}, or a batch of 1, got {tuple(residual.shape)}")
         q = self.q_norm(self._split(self.q_proj(self.norm(x))))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from crossattn_kernels.functional import cross_attention
 from crossattn_kernels.layers.heads import merge_heads, split_heads
 from crossattn_kernels.masks import Mask
+from crossattn_kernels.problem import fits
 
 
 def feed_forward(dim: int, mult: int = 4, **place: Any) -> nn.Sequential:
@@ -134,8 +135,8 @@ class GatedCrossAttentionBlock(nn.Module):
 
 def _mentions(locations: Tensor, x: Tensor, media: Tensor, whole_prompt: bool) -> Tensor:
     """How many media were mentioned up to each token of x, this one included: (B, 1, M), or (B, 1, 1) for all."""
-    fits = locations.ndim == 2 and locations.shape[0] in (1, x.shape[0], media.shape[0])
-    if not fits or (locations.shape[1] != x.shape[1] and not whole_prompt):
+    right = locations.ndim == 2 and any(fits(locations.shape[0], t.shape[0]) for t in (x, media))
+    if not right or (locations.shape[1] != x.shape[1] and not whole_prompt):
         sizes = f"x is {tuple(x.shape)}, media is {tuple(media.shape)}"
         raise ValueError(f"media_locations must be (B, M), got {tuple(locations.shape)}: {sizes}")
     locations = locations.bool()[:, None]

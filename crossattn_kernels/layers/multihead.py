@@ -10,6 +10,7 @@ from crossattn_kernels.functional import cross_attention
 from crossattn_kernels.layers.heads import merge_heads, split_heads
 from crossattn_kernels.maps import attention_weights
 from crossattn_kernels.masks import Mask
+from crossattn_kernels.problem import fits
 
 
 class MultiheadCrossAttention(nn.MultiheadAttention):
@@ -146,7 +147,7 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(f"key and value must have one batch and one length: {_shapes(given)}")
         axis = 0 if self.batch_first else 1
-        if query.ndim == 3 and query.shape[axis] not in (1, key.shape[axis]):
+        if query.ndim == 3 and not fits(query.shape[axis], key.shape[axis]):
             raise ValueError(f"the batch of query must be that of key, or 1: {_shapes(given)}")
 
     def extra_repr(self) -> str:
@@ -166,5 +167,5 @@ def _check_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a tensor of bools or floats, got {got}")
-    if mask.shape not in shapes:
+    if not any(mask.shape == shape for shape in shapes):  # not `in`, see `fits`
         raise ValueError(f"{name} must have the shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
