@@ -22,7 +22,7 @@ class Mask:
     """Which keys each query may see.  Fields combine by AND; a field that is None hides nothing.
 
     start, end:  integer tensors broadcastable to (B, Hq, M); query i sees key j only if start[i] <= j < end[i]
-    keys:        bool (B, N) or (1, N); False hides the key from every query of that batch entry
+    keys:        bool (B, N), (1, N) or (N,); False hides the key from every query of that batch entry
     visible:     bool, broadcastable to (B, Hq, ceil(M / query_group), ceil(N / key_group)); one bit per group of
                  `query_group` queries and `key_group` keys; (1, 1) is a dense mask
     """
@@ -44,6 +44,8 @@ class Mask:
     @staticmethod
     def key_padding(keep: Tensor) -> Mask:
         """Keys with holes.  keep: bool (B, N), True may be seen (the opposite of `nn.MultiheadAttention`'s mask)."""
+        if _bools("keep", keep).ndim not in (1, 2):
+            raise ValueError(f"keep must be (B, N), got {tuple(keep.shape)}")
         return Mask(keys=keep)
 
     @staticmethod
@@ -56,6 +58,8 @@ class Mask:
         cu_q, cu_k = _vector("cu_q", cu_q), _vector("cu_k", cu_k)
         if cu_q.shape != cu_k.shape:
             raise ValueError(f"cu_q and cu_k must have one shape, got {tuple(cu_q.shape)} and {tuple(cu_k.shape)}")
+        if cu_q.shape[0] == 0:
+            raise ValueError("cu_q and cu_k must begin with 0, got (0,), which holds no number")
         if num_queries is None:
             if cu_q.device.type != "cpu":
                 raise ValueError(
@@ -77,7 +81,9 @@ class Mask:
         Text before the first medium sees nothing, nor (with latest=True) does text after more media than there are.
         Flamingo, https://arxiv.org/abs/2204.14198, section 2.3.
         """
-        if locations.ndim != 2:
+        if tokens_per_media < 1:
+            raise ValueError(f"tokens_per_media must be positive, got {tokens_per_media}")
+        if _tensor("locations", locations).ndim != 2:
             raise ValueError(f"locations must be (B, M), got {tuple(locations.shape)}")
         count = locations.bool().long().cumsum(-1)[:, None]  # (B, 1, M)
         end = count * tokens_per_media
@@ -89,9 +95,9 @@ class Mask:
 
         visible: bool with up to four dimensions, broadcastable to (B, Hq, ceil(M / query_group), ceil(N / key_group)).
         """
-        if visible.ndim > 4:
+        if _bools("visible", visible).ndim > 4:
             raise ValueError(f"visible must have at most 4 dimensions, got {tuple(visible.shape)}")
-        return Mask(visible=visible[(None,) * (4 - visible.ndim)], query_group=query_group, key_group=key_group)
+        return Mask(visible=_padded(visible, 4), query_group=query_group, key_group=key_group)
 
     @staticmethod
     def blocks(visible: Tensor, block_q: int = 128, block_k: int = 128) -> Mask:
@@ -140,8 +146,9 @@ class Mask:
 
     def lead(self) -> tuple[int, int]:
         """(1|B, 1|Hq): how far the fields vary over batch and heads."""
-        by_row = [x for x in (self.start, self.end, self.visible) if x is not None]
-        batch = [x.shape[0] for x in (*by_row, self.keys) if x is not None]
+        ranked = ((self.start, 3), (self.end, 3), (self.visible, 4))
+        by_row = [_padded(x, rank) for x, rank in ranked if x is not None]
+        batch = [x.shape[0] for x in by_row] + ([] if self.keys is None else [_padded(self.keys, 2).shape[0]])
         heads = [x.shape[1] for x in by_row]
         return 0 if 0 in batch else max(batch, default=1), 0 if 0 in heads else max(heads, default=1)
 
@@ -164,7 +171,7 @@ class Mask:
         return Mask(
             start=None if self.start is None else as_range(self.start).clamp(min=0) - first,
             end=None if self.end is None else as_range(self.end).clamp(min=0) - first,
-            keys=None if self.keys is None else self.keys[:, first:last],
+            keys=None if self.keys is None else self.keys[..., first:last],
             visible=visible,
             query_group=self.query_group,
             key_group=group,
@@ -181,11 +188,12 @@ class Mask:
         if self.end is not None:
             seen &= key < self.end[..., None]
         if self.keys is not None:
-            seen &= self.keys[:, None, None, :]
+            seen &= self.keys[..., None, None, :]
         if self.visible is not None:
-            row = torch.arange(M, device=device) // self.query_group if self.visible.shape[-2] > 1 else [0] * M
-            col = key // self.key_group if self.visible.shape[-1] > 1 else [0] * N
-            seen &= self.visible[..., row, :][..., col]
+            visible = _padded(self.visible, 4)
+            row = torch.arange(M, device=device) // self.query_group if visible.shape[-2] > 1 else [0] * M
+            col = key // self.key_group if visible.shape[-1] > 1 else [0] * N
+            seen &= visible[..., row, :][..., col]
         return seen
 
 
@@ -196,8 +204,27 @@ def as_range(t: Tensor) -> Tensor:
     return t.clamp(0, min(INT32_MAX, torch.iinfo(t.dtype).max)).to(torch.int32)
 
 
+def _padded(x: Tensor, rank: int) -> Tensor:
+    """`x` with dimensions of 1 in front."""
+    return x[(None,) * (rank - x.ndim)]
+
+
+def _tensor(name: str, x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    return x
+
+
+def _bools(name: str, x: Tensor) -> Tensor:
+    if _tensor(name, x).dtype != torch.bool:
+        # not for floats: in an additive mask 0 may be seen
+        hint = "" if x.is_floating_point() else f"; if 1 may be seen, pass {name}.bool()"
+        raise TypeError(f"{name} must be a tensor of bools, got {x.dtype} of shape {tuple(x.shape)}{hint}")
+    return x
+
+
 def _vector(name: str, x: Tensor) -> Tensor:
-    if x.ndim != 1 or x.dtype.is_floating_point or x.dtype == torch.bool:
+    if _tensor(name, x).ndim != 1 or x.dtype.is_floating_point or x.dtype == torch.bool:
         raise ValueError(f"{name} must be a one-dimensional integer tensor, got {tuple(x.shape)} of {x.dtype}")
     return x
 
@@ -211,7 +238,7 @@ def _both_visible(a: Mask, b: Mask) -> tuple[Tensor | None, int, int]:
     if a.visible is None or b.visible is None:
         chosen = b if a.visible is None else a
         return chosen.visible, chosen.query_group, chosen.key_group
-    x, y = a.visible, b.visible
+    x, y = _padded(a.visible, 4), _padded(b.visible, 4)
     x, y, query_group = _refine(x, y, -2, a.query_group, b.query_group)
     x, y, key_group = _refine(x, y, -1, a.key_group, b.key_group)
     return x & y, query_group, key_group

@@ -264,10 +264,66 @@ def test_lead_and_trivial(mask, lead, trivial):
         (lambda: Mask.media(torch.tensor([True]), 4), r"locations .*\(1,\)"),
         (lambda: Mask.groups(bits(1, 1, 1, 1, 1)), r"visible .*\(1, 1, 1, 1, 1\)"),
         (lambda: Mask.causal(2, 3, "left"), "align .*'left'"),
+        (lambda: Mask.key_padding(bits(2, 1, N)), r"keep must be \(B, N\), got \(2, 1, 7\)"),
+        (lambda: Mask.media(torch.tensor([[True]]), 0), "tokens_per_media must be positive, got 0"),
+        (lambda: Mask.media(torch.tensor([[True]]), -3), "tokens_per_media must be positive, got -3"),
+        (lambda: Mask.packed(torch.tensor([]).long(), torch.tensor([]).long()), "cu_q and cu_k must begin with 0"),
+        (lambda: Mask.packed(torch.tensor([0]), torch.tensor(0)), r"cu_k .*\(\)"),
     ],
-    ids=["float", "bool", "two dimensions", "unequal", "cu_q", "media", "five dimensions", "align"],
-)
+    ids=[
+        "float", "bool", "two dimensions", "unequal", "cu_q", "media", "five dimensions", "align", "keep", "tokens 0",
+        "tokens below 0", "cu empty", "cu_k",
+    ],
+)  # fmt: skip
 def test_bad_arguments_in_one_sentence(build, words):
     with pytest.raises(ValueError, match=words) as error:
         build()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Mask.lengths([3, 0]), "lengths must be a tensor, got list"),
+        (lambda: Mask.key_padding([[True]]), "keep must be a tensor, got list"),
+        (lambda: Mask.packed([0, 2], torch.tensor([0, 2])), "cu_q must be a tensor, got list"),
+        (lambda: Mask.packed(torch.tensor([0, 2]), (0, 2)), "cu_k must be a tensor, got tuple"),
+        (lambda: Mask.media([[True]], 2), "locations must be a tensor, got list"),
+        (lambda: Mask.groups(None), "visible must be a tensor, got NoneType"),
+        (
+            lambda: Mask.key_padding(torch.ones(B, N, dtype=torch.int64)),
+            "keep must be a tensor of bools, got torch.int64 of shape (2, 7); if 1 may be seen, pass keep.bool()",
+        ),
+        (lambda: Mask.key_padding(torch.ones(N)), "keep must be a tensor of bools, got torch.float32 of shape (7,)"),
+        (
+            lambda: Mask.blocks(torch.ones(1, 2, dtype=torch.uint8)),
+            "visible must be a tensor of bools, got torch.uint8 of shape (1, 2); if 1 may be seen, pass visible.bool()",
+        ),
+    ],
+    ids=["lengths", "keep", "cu_q", "cu_k", "locations", "visible", "integers", "floats", "blocks"],
+)
+def test_wrong_types_in_one_sentence(build, message):
+    with pytest.raises(TypeError) as error:
+        build()
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        (Mask(keys=KEEP[0]), Mask(keys=KEEP[:1])),
+        (Mask(start=torch.arange(M)), Mask(start=torch.arange(M)[None, None])),
+        (Mask(end=torch.tensor(3)), Mask(end=torch.tensor([[[3]]]))),
+        (Mask(end=torch.tensor([[3], [1]])), Mask(end=torch.tensor([[[3], [1]]]))),
+        (Mask(visible=PER_QUERY), Mask(visible=PER_QUERY[None, None])),
+        (Mask(visible=KEEP[0]), Mask(visible=KEEP[0][None, None, None])),
+    ],
+    ids=["keys", "start", "end", "end by head", "visible", "visible for all queries"],
+)
+def test_dimensions_in_front_may_be_left_out(short, full):
+    assert short.lead() == full.lead()
+    assert torch.equal(dense(short), dense(full)) and torch.equal(canonical_dense(short), dense(full))
+    assert torch.equal(dense(short.slice_keys(2, 5), M, 3), dense(full)[..., 2:5])
+    for other in map(make, MASKS):
+        assert torch.equal(dense(short & other), dense(full & other))
+        assert torch.equal(dense(other & short), dense(other & full))
