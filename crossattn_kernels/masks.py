@@ -197,6 +197,11 @@ class Mask:
         return seen
 
 
+# an input of torch.export, in files too, and of torch.load with weights_only
+torch.export.register_dataclass(Mask, serialized_type_name="crossattn_kernels.Mask")
+torch.serialization.add_safe_globals([Mask])
+
+
 def as_range(t: Tensor) -> Tensor:
     """int32, as calls take it without another copy; what is below 0 or beyond 2^31 - 1 means the same at that end."""
     if t.dtype == torch.int32:

@@ -229,6 +229,13 @@ def test_no_value_is_read_on_the_host(name):
     canonical(q, k, k, mask)
 
 
+@by_name
+def test_a_file_holds_a_mask(name, tmp_path):
+    torch.save({"mask": make(name)}, tmp_path / "mask.pt")
+    loaded = torch.load(tmp_path / "mask.pt", weights_only=True)["mask"]
+    assert isinstance(loaded, Mask) and torch.equal(dense(loaded), dense(make(name)))
+
+
 def test_frozen():
     mask = Mask.lengths(torch.tensor(LENGTHS))
     for field in fields(mask):

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crossattn_kernels import Mask, cross_attention, tiled
 from crossattn_kernels.problem import Problem
@@ -215,6 +215,31 @@ def test_export_with_dynamic_lengths(strict):
     program = torch.export.export(model, reader_arguments(), dynamic_shapes=lengths, strict=strict)
     for M, N in ((5, 7), (1, 2), (40, 1300)):
         same([program.module()(*reader_arguments(M, N))], [model(*reader_arguments(M, N))])
+
+
+class Masked(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        return cross_attention(q, k, v, mask, backend="torch")
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_with_a_mask_as_input(strict, tmp_path):
+    """The program takes other masks of the same kind, also when it comes from a file."""
+    tensors, masks = leaves(SMALL).values(), [draw(replace(SMALL, mask="all fields"), seed=i).mask for i in range(2)]
+    program = torch.export.export(Masked(), (*tensors, masks[0]), strict=strict)
+    torch.export.save(program, tmp_path / "masked.pt2")
+    for each in (program, torch.export.load(tmp_path / "masked.pt2")):
+        same([each.module()(*tensors, m) for m in masks], [Masked()(*tensors, m) for m in masks])
+
+
+def test_export_with_a_mask_of_dynamic_length():
+    def arguments(N: int) -> tuple[Tensor, Tensor, Tensor, Mask]:
+        return *leaves(replace(SMALL, N=N)).values(), Mask.key_padding(torch.arange(2 * N).view(2, N) % 3 > 0)
+
+    N = torch.export.Dim("N", min=2)
+    lengths = ({}, {2: N}, {2: N}, [{1: N}, None, None])  # of keys, query_group and key_group
+    program = torch.export.export(Masked(), arguments(7), dynamic_shapes=lengths)
+    same([program.module()(*arguments(30))], [Masked()(*arguments(30))])
 
 
 def test_an_exported_program_can_be_saved(tmp_path):
