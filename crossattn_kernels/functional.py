@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -123,13 +123,27 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, **arguments: Any) -> Explanation:
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: float | Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    empty_rows: str = "zero",
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Explanation:
     """What `cross_attention` would do with these arguments; it takes the same ones and computes nothing."""
-    backend = arguments.pop("backend", None)
-    for name in ("generator", "return_lse"):
-        arguments.pop(name, None)
     q, k, v = autocast(q, k, v)
-    x, options = canonical(q, k, v, mask, **arguments)
+    x, options = canonical(
+        q, k, v, mask, bias=bias, gate=gate, scale=scale, softcap=softcap, dropout_p=dropout_p, empty_rows=empty_rows
+    )
     chosen = choose(x.kind, one_of("backend", backend, (None, *BACKENDS), q=q, k=k, v=v))
     schedules = {
         "torch": "PyTorch's CPU flash kernel where it can, else tiles" if q.device.type == "cpu" else "tiles",

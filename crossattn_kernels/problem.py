@@ -6,6 +6,7 @@ Letters: B batch, Hq query heads, Hk key heads, M queries, N keys, D head size o
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -203,43 +204,46 @@ def one_of(name: str, value: T, allowed: tuple[T, ...], **given: Tensor) -> T:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, t in (("q", q), ("k", k), ("v", v)):
+    given = dict(q=q, k=k, v=v)
+    for name, t in given.items():
+        if isinstance(t, Tensor) and (t.is_nested or t.layout != torch.strided):  # it may not know its shape
+            got = "nested: pad it, and pass Mask.lengths" if t.is_nested else f"sparse: pass {name}.to_dense()"
+            raise TypeError(f"{name} must be a dense tensor, not {got}")
+    for name, t in given.items():
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: {shapes(q=q, k=k, v=v)}")
-    for name, t in (("q", q), ("k", k), ("v", v)):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: {shapes(**given)}")
+    for name, t in given.items():
         if t.ndim != 4:
-            raise ValueError(f"{name} must have 4 dimensions: {shapes(q=q, k=k, v=v)}")
+            raise ValueError(f"{name} must have 4 dimensions: {shapes(**given)}")
     if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(
-            f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}: {shapes(q=q, k=k, v=v)}"
-        )
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}: {shapes(**given)}")
     if not q.dtype.is_floating_point or q.dtype.itemsize < 2:
-        raise TypeError(
-            "q, k and v must be fp16, bf16 or fp32 (fp64 off the Triton backend), "
-            f"got {q.dtype}: {shapes(q=q, k=k, v=v)}"
-        )
+        wanted = "fp16, bf16 or fp32 (fp64 off the Triton backend)"
+        raise TypeError(f"q, k and v must be {wanted}, got {q.dtype}: {shapes(**given)}")
     if not q.device == k.device == v.device:
-        raise ValueError(
-            f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}: {shapes(q=q, k=k, v=v)}"
-        )
+        got = f"{q.device}, {k.device} and {v.device}"
+        raise ValueError(f"q, k and v must be on one device, got {got}: {shapes(**given)}")
+    wrong = _misfit(q, k, v)
+    if wrong:
+        swapped = _misfit(*(t.transpose(1, 2) for t in given.values())) is None
+        hint = " (if heads are the third dimension, pass transpose(1, 2) of each)" if swapped else ""
+        raise ValueError(f"{wrong} does not fit{hint}: {shapes(**given)}")
+
+
+def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Which size does not fit the others."""
     (B, Hq, _, D), (entries, Hk, N, D_of_k), (entries_of_v, heads_of_v, N_of_v, _) = q.shape, k.shape, v.shape
-    wrong = (
+    return (
         "the last size of `k`" if D_of_k != D
         else "the number of heads of `v`" if heads_of_v != Hk
         else "the number of keys of `v`" if N_of_v != N
         else "the batch of `v`" if entries_of_v != entries
         else "the batch of `k`" if not fits(B, entries) and entries != 1
-        else "the number of heads of `k` (it must divide that of `q`)" if _not_multiple(Hq, Hk)
+        else "the number of heads of `k` (it must divide that of `q`)" if (Hq % Hk if Hk else Hq)
         else "the head size of `q`" if D == 0
         else "the head size of `v`" if v.shape[3] == 0
         else None
     )  # fmt: skip
-    if wrong:
-        raise ValueError(f"{wrong} does not fit: {shapes(q=q, k=k, v=v)}")
-
-
-def _not_multiple(heads: int, key_heads: int) -> bool:
-    return heads != 0 if key_heads == 0 else heads % key_heads != 0
 
 
 def _shared_batch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,8 +297,16 @@ def _fit(name: str, t: Tensor, target: tuple[int, ...], **given: Tensor) -> Tens
     _same_device(name, t, **given)
     full = t if t.ndim >= len(target) else t.view(*(1,) * (len(target) - t.ndim), *t.shape)
     if full.ndim != len(target) or not all(map(fits, full.shape, target)):
-        raise ValueError(f"{name} must broadcast to {target}, got {tuple(t.shape)}: {shapes(**given)}")
+        hint = _padding_hint(t, target) if name == "mask" else ""
+        raise ValueError(f"{name} must broadcast to {target}, got {tuple(t.shape)}{hint}: {shapes(**given)}")
     return full
+
+
+def _padding_hint(mask: Tensor, target: tuple[int, ...]) -> str:
+    if mask.is_floating_point() or mask.shape != (target[0], target[-1]):
+        return ""
+    keep = "mask" if mask.dtype == torch.bool else "mask.bool()"
+    return f" (for padding, of shape (B, N), pass Mask.key_padding({keep}))"
 
 
 def _same_device(name: str, t: Tensor, **given: Tensor) -> None:
@@ -362,11 +374,12 @@ def _head_scale(scale: Tensor, Hq: int, **given: Tensor) -> Tensor:
 
 
 def _float(name: str, value: Any, **given: Tensor) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}: {shapes(**given)}")
-    if not -math.inf < value < math.inf:  # math.isfinite refuses the symbolic numbers of torch.compile
+    number = float(value)
+    if not -math.inf < number < math.inf:  # math.isfinite refuses the symbolic numbers of torch.compile
         raise ValueError(f"{name} must be finite, got {value}: {shapes(**given)}")
-    return float(value)
+    return number
 
 
 def _softcap(softcap: float, **given: Tensor) -> float:
@@ -387,7 +400,7 @@ def _from_tensor(
     """SDPA's reading of a mask tensor: bool, True may attend; floating point, added to the logits."""
     kind = _kind(t.dtype)
     if kind not in ("bools", "floats"):
-        got = f"{t.dtype} of shape {tuple(t.shape)}"
+        got = f"{t.dtype} of shape {tuple(t.shape)}{_padding_hint(t, target)}"
         raise TypeError(f"mask must be a Mask or a tensor of bools or floats, got {got}: {shapes(**given)}")
     t = _fit("mask", t, target, **given)
     if kind == "floats":

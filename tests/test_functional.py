@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,10 @@ def test_explain_takes_every_argument_and_computes_nothing(monkeypatch):
     state = torch.get_rng_state()
     assert explain(**qkv(), **options).backend == "torch"
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"^explain\(\) got an unexpected keyword argument 'dropout'"):
         explain(**qkv(), dropout=0.1)
+    door, said = (signature(f).parameters for f in (cross_attention, explain))
+    assert {n: p.default for n, p in door.items()} == {n: p.default for n, p in said.items()}
 
 
 def test_explain_says_what_the_call_does(monkeypatch):

@@ -2,7 +2,9 @@
 
 import math
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -88,6 +90,8 @@ BAD = {
     "scale infinite": (dict(scale=math.inf), ValueError, "scale", ()),
     "scale nan": (dict(scale=math.nan), ValueError, "scale", ()),
     "scale a string": (dict(scale="auto"), TypeError, "scale", ()),
+    "scale a flag": (dict(scale=np.bool_(True)), TypeError, "scale", ()),
+    "scale complex": (dict(scale=1j), TypeError, "scale", ()),
     "softcap 0": (dict(softcap=0.0), ValueError, "softcap", ()),
     "softcap negative": (dict(softcap=-1.0), ValueError, "softcap", ()),
     "softcap infinite": (dict(softcap=math.inf), ValueError, "softcap", ()),
@@ -114,6 +118,60 @@ def test_bad_input_is_one_sentence(wrong, door):
     shown = [tuple(t.shape) for n in "qkv" if isinstance(t := arguments[n], Tensor)] + [shape] * (shape != ())
     assert all(str(s) in message for s in shown)
     assert torch.equal(torch.get_rng_state(), state), "a call that failed drew a random number"
+
+
+@pytest.mark.parametrize("door", [cross_attention, explain], ids=lambda door: door.__name__)
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda t: torch.nested.nested_tensor([t[0], t[1, :, :2]]), "nested: pad it, and pass Mask.lengths"),
+        (
+            lambda t: torch.nested.nested_tensor([*t], layout=torch.jagged),
+            "nested: pad it, and pass Mask.lengths",
+        ),
+        (Tensor.to_sparse, "sparse: pass {}.to_dense()"),
+    ],
+    ids=["nested", "jagged", "sparse"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_only_dense_tensors(make, got, name, door):
+    arguments = call()
+    with pytest.raises(TypeError) as raised:
+        door(**arguments | {name: make(arguments[name])})
+    assert str(raised.value) == f"{name} must be a dense tensor, not {got.format(name)}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "hint"),
+    [
+        ({n: t.transpose(1, 2) for n, t in call().items()}, ValueError, "pass transpose(1, 2) of each"),
+        (dict(mask=flags(B, N)), ValueError, "pass Mask.key_padding(mask)"),
+        (dict(mask=whole(B, N)), TypeError, "pass Mask.key_padding(mask.bool())"),
+        (dict(mask=zeros(B, N)), ValueError, None),
+        (dict(mask=flags(B + 1, N)), ValueError, None),
+        (dict(bias=zeros(B, N)), ValueError, None),
+        (dict(q=zeros(B, 5, M, D)), ValueError, None),
+    ],
+    ids=["bshd", "padding", "padding of integers", "floats", "another batch", "bias", "heads that never fit"],
+)
+def test_what_was_probably_meant(changes, error, hint):
+    with pytest.raises(error) as raised:
+        cross_attention(**call(**changes))
+    message = str(raised.value)
+    assert "\n" not in message
+    assert f"{hint})" in message if hint else " pass " not in message
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32(0.25), np.float16(0.25), np.float64(0.25), Fraction(1, 4), np.int64(2), 2]
+)
+def test_any_real_number_is_a_number(number):
+    _, options = canonical(**call(scale=number, softcap=number, dropout_p=min(number, 0.25)))
+    assert (options.scale, options.softcap, options.dropout_p) == (number, number, 0.25)
+    assert all(type(x) is float for x in (options.scale, options.softcap, options.dropout_p))
+    y = cross_attention(**call(scale=number))
+    assert torch.equal(y, cross_attention(**call(scale=float(number))))
 
 
 @pytest.mark.parametrize(
