@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from crossattn_kernels import ops, reference, tuning
+from crossattn_kernels import ops, reference, tiled, tuning
 from crossattn_kernels.masks import Mask
 from crossattn_kernels.problem import Inputs, Kind, Options, Problem, SharedBatch, canonical, is_expanded, one_of
 
@@ -146,7 +146,7 @@ def explain(
     )
     chosen = choose(x.kind, one_of("backend", backend, (None, *BACKENDS), q=q, k=k, v=v))
     schedules = {
-        "torch": "PyTorch's CPU flash kernel where it can, else tiles" if q.device.type == "cpu" else "tiles",
+        "torch": _on_the_cpu(x, options) if q.device.type == "cpu" else "tiles",
         "reference": "the definition, quadratic memory",
     }
     reasons = {}
@@ -158,6 +158,25 @@ def explain(
         schedules["triton"] = f"forward {plan.forward_schedule}, backward {plan.backward_schedule}"
         reasons |= {name: (why,) for name, why in plan.reasons}
     return Explanation(chosen, schedules[chosen], reasons)
+
+
+def _on_the_cpu(x: Inputs, options: Options) -> str:
+    """What the torch backend does on the CPU, as far as no value decides it: `tiled.backward`, `tiled._flash_can`."""
+    N, flash = x.k.shape[2], "PyTorch's CPU flash kernel"
+    never = {
+        "D and Dv that differ": x.q.shape[3] != x.v.shape[3],
+        "a tensor as scale": x.scale is not None,
+        "softcap": options.softcap > 0,
+        "dropout": options.dropout_p > 0,
+        "calls without keys": N == 0,
+    }
+    if any(never.values()):
+        return f"tiles, as {flash} does not do {' and '.join(name for name, asked in never.items() if asked)}"
+    sure = x.start is x.end is x.keys is x.visible is x.bias is None
+    here = flash if sure else f"{flash} where it can, else tiles"
+    if x.bias is not None and x.bias.requires_grad:
+        return f"forward {here}, backward tiles, as the bias wants a gradient"
+    return f"forward {here}, backward tiles, as N < {tiled.FEW}" if N < tiled.FEW else here
 
 
 def unsupported(kind: Kind, backend: str) -> tuple[str, ...]:

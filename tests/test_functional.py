@@ -1,23 +1,17 @@
-"""The one door: what it chooses and says, autocast, layouts, mask tensors, seeds, empty sizes, unwanted gradients."""
+"""The one door: autocast, layouts, mask tensors, seeds, empty sizes, unwanted gradients."""
 
 import math
-import os
-import subprocess
-import sys
 from functools import cache
 from importlib.util import find_spec
-from inspect import signature
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from crossattn_kernels import Mask, cross_attention, explain, functional
+from crossattn_kernels import Mask, cross_attention, functional
 from crossattn_kernels.testing import assert_within_budget, compare
 
-ROOT = str(Path(functional.__file__).parents[1])
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(name == "triton" and not find_spec("triton"), reason="no triton"))
     for name in functional.BACKENDS
@@ -33,95 +27,6 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 def qkv(b: int = B, m: int = M, n: int = N, dtype: torch.dtype = torch.float32, **to) -> dict[str, Tensor]:
     shapes = dict(q=(b, HQ, m, D), k=(b, HK, n, D), v=(b, HK, n, DV))
     return {name: randn(*shape, seed=i, dtype=dtype).to(**to) for i, (name, shape) in enumerate(shapes.items())}
-
-
-# ---- explain ----
-
-
-def test_explain_on_the_cpu():
-    pytest.importorskip("triton")
-    said = explain(**qkv())
-    assert said.backend == "torch" and "flash" in said.schedule
-    assert list(said.reasons) == ["triton", "reference"]
-    assert said.reasons["triton"] == ("it would run in Triton's interpreter, which is for tests",)
-    assert said.reasons["reference"] == ("it is the definition, not an implementation",)
-    assert str(said).splitlines() == [
-        f"backend: torch, schedule: {said.schedule}",
-        "not triton: it would run in Triton's interpreter, which is for tests",
-        "not reference: it is the definition, not an implementation",
-    ]
-
-
-def test_explain_lists_every_reason():
-    pytest.importorskip("triton")
-    q = torch.zeros(1, 1, 1, 300, dtype=torch.float64, device="meta")
-    reasons = explain(q, q, q).reasons["triton"]
-    assert len(reasons) == 3
-    for words, reason in zip(("on meta", "float64", "D = 300 and Dv = 300"), reasons):
-        assert words in reason
-
-
-def test_explain_without_the_interpreter():
-    pytest.importorskip("triton")
-    script = "import torch, crossattn_kernels as c; q = torch.zeros(1, 1, 1, 1); print(c.explain(q, q, q))"
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": ROOT}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "not triton: the tensors are on cpu, not on a GPU\n" in done.stdout
-
-
-@pytest.mark.parametrize("backend", [None, "torch", "reference"])
-def test_explain_without_triton(monkeypatch, backend):
-    monkeypatch.setattr(functional, "HAS_TRITON", False)
-    said = explain(**qkv(), backend=backend)
-    assert said.backend == (backend or "torch")
-    assert said.reasons["triton"] == ("triton is not installed",)
-    for door in (cross_attention, explain):
-        with pytest.raises(NotImplementedError, match="backend='triton' cannot serve .*: triton is not installed"):
-            door(**qkv(), backend="triton")
-
-
-@on_every_backend
-def test_explain_an_explicit_backend(backend):
-    said = explain(**qkv(), backend=backend)
-    assert said.backend == backend
-    others = [name for name in functional.BACKENDS if name != backend]
-    assert said.reasons == dict.fromkeys(others, (f"backend={backend!r} was asked for",))
-
-
-def test_explain_on_a_gpu(monkeypatch):
-    """A meta tensor is not on the CPU either; the kernels are told to have no objection."""
-    monkeypatch.setattr(functional, "unsupported", lambda kind, backend: ())
-    said = explain(**qkv(device="meta"))
-    assert said.backend == "triton" and said.schedule == "forward stream, backward short keys"
-    assert said.reasons["torch"] == ("the Triton kernels can serve this call",)
-
-
-def test_explain_takes_every_argument_and_computes_nothing(monkeypatch):
-    def forbidden(*args):
-        raise AssertionError("explain computed something")
-
-    monkeypatch.setattr(functional, "attend", forbidden)
-    options = dict(
-        mask=torch.ones(M, N, dtype=torch.bool), bias=randn(M, N), gate=randn(HQ), scale=randn(HQ), softcap=2.0
-    )
-    options |= dict(dropout_p=0.1, generator=torch.Generator(), empty_rows="uniform", return_lse=True)
-    state = torch.get_rng_state()
-    assert explain(**qkv(), **options).backend == "torch"
-    assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(TypeError, match=r"^explain\(\) got an unexpected keyword argument 'dropout'"):
-        explain(**qkv(), dropout=0.1)
-    door, said = (signature(f).parameters for f in (cross_attention, explain))
-    assert {n: p.default for n, p in door.items()} == {n: p.default for n, p in said.items()}
-
-
-def test_explain_says_what_the_call_does(monkeypatch):
-    attend, chosen = functional.attend, []
-    monkeypatch.setattr(
-        functional, "attend", lambda x, options, backend: chosen.append(backend) or attend(x, options, backend)
-    )
-    for dtype in (torch.float32, torch.float64):
-        cross_attention(**qkv(dtype=dtype))
-        assert chosen.pop() == explain(**qkv(dtype=dtype)).backend
 
 
 # ---- autocast ----
