@@ -226,8 +226,13 @@ def _exact(x: Inputs, part: Part) -> Iterator[Part]:
 def _flash_operands(call: Call, part: Part) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q (b, Hq, m, D), k and v (b, Hk, n, D) and the additive mask, broadcastable to (b, Hq, m, n)."""
     x, (b, _, _) = call.x, size(part)
+
+    def apart(t: Tensor) -> bool:
+        return all(n == 1 or s == 0 or s >= t.shape[3] for n, s in zip(t.shape[:3], t.stride()))
+
     tensors = (queries(x.q, part), keys(x.k, part), keys(x.v, part))
-    q, k, v = ((t if t.stride(3) == 1 else t.contiguous()).expand(b, -1, -1, -1) for t in tensors)
+    # of rows that overlap, as `unfold` makes them, the kernel confuses the axes of o, and refuses some of 16 bits
+    q, k, v = ((t if t.stride(3) == 1 and apart(t) else t.contiguous()).expand(b, -1, -1, -1) for t in tensors)
     if part.kind != "masked":
         return q, k, v, None
     # the kernel takes a mask in q's dtype or in fp32

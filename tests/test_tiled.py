@@ -387,3 +387,26 @@ def test_lse_of_zero_is_no_empty_row():
 def test_same_bits(case):
     first, second = (run(draw(case), "torch", through_lse=False) for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("axis", [1, 2], ids=["heads", "rows"])
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_rows_that_overlap(name, step, axis, dtype):
+    """PyTorch's flash kernel is wrong for strides (.., 1, 1), and raises for rows of 16 bits less than D apart."""
+    shape = (2, 4, 24, 64)
+    tensors = {n: torch.randn(shape).to(dtype) for n in "qkv"}
+    wide = [n for i, n in enumerate(shape[:3]) if i != axis]
+    overlapping = torch.randn(*wide, 64 + step * (shape[axis] - 1)).to(dtype).unfold(2, 64, step)  # (.., axis, 64)
+    tensors[name] = overlapping if axis == 2 else overlapping.transpose(1, 2)
+    assert tensors[name].shape == shape and tensors[name].stride(axis) == step and tensors[name].stride(3) == 1
+
+    def results(tensors: dict[str, Tensor]) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in tensors.values()]
+        y = cross_attention(*leaves, backend="torch")
+        return [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
+
+    copied = {n: t.contiguous() for n, t in tensors.items()}
+    for found, expected in zip(results(tensors), results(copied)):
+        torch.testing.assert_close(found, expected)
