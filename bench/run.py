@@ -19,7 +19,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    sys.exit(f"bench.run needs a python3 with torch: this one, {sys.executable}, has no {error.name}")
 
 from bench import jobs, providers, rows
 from bench.named import NAMED

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from crossattn_kernels import __version__
+
 DEMO_EXTRA = ("matplotlib", "rich", "sklearn")
 
 
 def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "check parity on this machine, then teach a frozen language model to name handwritten digits"
-    demo = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
+    demo = commands.add_parser("demo", help=text, description=f"C{text[1:]}.")
     backends = ("triton", "torch", "reference")
     demo.add_argument("--backend", choices=backends, help="who computes the attention (default: chosen, and shown)")
     demo.add_argument(
@@ -33,12 +35,15 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def run_demo(args: argparse.Namespace) -> int:
+    # the picture is written after minutes of training
+    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
+        return _refuse(f"--out must be a file in a folder that exists, got {args.out}")
     try:
         from crossattn_kernels import demo
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in DEMO_EXTRA:
             raise
-        return _refuse(f"the demo needs {error.name}: pip install 'crossattn_kernels[demo]'")
+        return _refuse(f"the demo needs {error.name}: pip install '.[demo]' in the checkout")
     try:
         return demo.run(args.backend, args.steps, args.seed, args.out)
     except NotImplementedError as error:  # the backend asked for cannot run here
@@ -47,9 +52,12 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "compile the kernels for a GPU that need not be here, and report registers, spills and instructions"
-    compile_ = commands.add_parser("compile", help=text, description=text.capitalize() + ".")
+    compile_ = commands.add_parser("compile", help=text, description=f"C{text[1:]}.")
     compile_.add_argument("--arch", default="sm_90", help="sm_80, sm_90, sm_100 or gfx942 (default: %(default)s)")
-    compile_.add_argument("-k", dest="only", metavar="TEXT", default="", help="only calls with this in their name")
+    only = (
+        "only calls with this in their name, which is shape, dtype, head size and options: 'short keys bf16 D64 plain'"
+    )
+    compile_.add_argument("-k", dest="only", metavar="TEXT", default="", help=only)
     compile_.add_argument("--every", action="store_true", help="every shape x dtype x head size x kind: hours")
     compile_.add_argument("--json", action="store_true", help="the report as it is kept in bench/results")
     choose = "where kernels spill, write the largest tiles that do not into the table of this Triton"
@@ -62,11 +70,15 @@ def add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run_compile(args: argparse.Namespace) -> int:
     try:
-        from crossattn_kernels.aot import choose, report
+        from crossattn_kernels.aot import choose, report, sweep
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise
-        return _refuse("compilation needs triton: pip install 'crossattn_kernels[triton]'")
+        return _refuse("compilation needs triton: pip install '.[triton]' in the checkout")
+    names = [str(call) for call in sweep(args.every)]
+    if not any(args.only in name for name in names):
+        some = ", ".join(map(repr, names[:: len(names) // 4][:4]))
+        return _refuse(f"no call has {args.only!r} in its name; names are like {some}")
     try:
         if args.choose:
             return choose.run(args.arch, args.only, args.every)
@@ -133,6 +145,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m crossattn_kernels", description="Triton kernels for cross-attention.")
+    parser.add_argument("--version", action="version", version=f"crossattn_kernels {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="command", required=True)
     add_demo(commands)
     add_compile(commands)

@@ -21,8 +21,11 @@ from collections.abc import Iterator, MutableSequence, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import triton
+try:
+    import torch
+    import triton
+except ModuleNotFoundError as error:
+    sys.exit(f"make gpu needs a python3 with torch and triton: this one, {sys.executable}, has no {error.name}")
 
 from bench.jobs import DONE, LEFT_OUT, PENDING, answers
 from bench.rows import path_of

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "maps": DOOR | {"reference"},
     "layers": DOOR | {"maps"},
     "integrations": DOOR | {"layers", "maps"},
-    "cli": set(),
+    "cli": {"__init__"},
     "demo": {"__init__", "layers", "maps", "testing"},
     "testing": {"functional", "masks"},
     "trial": {"testing", "tuning", "problem"},

@@ -287,7 +287,7 @@ def test_without_triton_it_is_refused_in_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delattr(crossattn_kernels, "aot", raising=False)
     assert cli.main(["compile"]) == 2
-    assert capsys.readouterr().err.startswith("compilation needs triton: pip install")
+    assert capsys.readouterr().err == "compilation needs triton: pip install '.[triton]' in the checkout\n"
 
 
 def test_the_command_prints_a_table_or_json():

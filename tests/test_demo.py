@@ -59,7 +59,7 @@ def test_missing_extra_is_one_sentence(missing, monkeypatch, capsys):
     monkeypatch.delattr("crossattn_kernels.demo")
     assert cli.main(["demo"]) == 2
     error = capsys.readouterr().err
-    assert missing in error and "pip install 'crossattn_kernels[demo]'" in error and error.count("\n") == 1
+    assert missing in error and "pip install '.[demo]' in the checkout" in error and error.count("\n") == 1
 
 
 def test_package_does_not_import_the_demo():

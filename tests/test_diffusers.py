@@ -123,7 +123,7 @@ def test_without_diffusers(monkeypatch):
         raise versions.PackageNotFoundError
 
     monkeypatch.setattr(versions, "version", missing)
-    with pytest.raises(ImportError, match=r"pip install 'crossattn_kernels\[diffusers\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[diffusers\]' in the checkout"):
         integration.report(unet())
 
 

@@ -11,7 +11,7 @@ def check(library: str, first: str, last: str) -> None:
     try:
         installed = version(library)
     except PackageNotFoundError:
-        raise ImportError(f"this needs {supported}: pip install 'crossattn_kernels[{library}]'") from None
+        raise ImportError(f"this needs {supported}: pip install '.[{library}]' in the checkout") from None
     if not _release(first) <= _release(installed) < _release(last):
         raise ImportError(f"this needs {supported}, but {installed} is installed")
 
