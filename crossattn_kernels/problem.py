@@ -191,8 +191,8 @@ def canonical(
 
 
 def shapes(**tensors: object) -> str:
-    """`q (B, Hq, M, D) is (2, 8, 16, 64), ...`: every shape, for an error message."""
-    named = ((name, t) for name, t in tensors.items() if isinstance(t, Tensor))
+    """`q (B, Hq, M, D) is (2, 8, 16, 64), ...`: every shape that there is, for an error message."""
+    named = ((name, t) for name, t in tensors.items() if isinstance(t, Tensor) and not t.is_nested)
     return ", ".join(f"{n} {SPEC[n] + ' ' if n in SPEC else ''}is {tuple(t.shape)}" for n, t in named)
 
 
@@ -206,13 +206,12 @@ def one_of(name: str, value: T, allowed: tuple[T, ...], **given: Tensor) -> T:
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     given = dict(q=q, k=k, v=v)
     for name, t in given.items():
-        if isinstance(t, Tensor) and (t.is_nested or t.layout != torch.strided):  # it may not know its shape
-            got = "nested: pad it, and pass Mask.lengths" if t.is_nested else f"sparse: pass {name}.to_dense()"
-            raise TypeError(f"{name} must be a dense tensor, not {got}")
-    for name, t in given.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: {shapes(**given)}")
     for name, t in given.items():
+        if t.is_nested or t.layout != torch.strided:
+            got = "nested: pad it, and pass Mask.lengths" if t.is_nested else f"sparse: pass {name}.to_dense()"
+            raise TypeError(f"{name} must be a dense tensor, not {got}")
         if t.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions: {shapes(**given)}")
     if not q.dtype == k.dtype == v.dtype:

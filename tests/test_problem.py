@@ -140,6 +140,9 @@ def test_only_dense_tensors(make, got, name, door):
     with pytest.raises(TypeError) as raised:
         door(**arguments | {name: make(arguments[name])})
     assert str(raised.value) == f"{name} must be a dense tensor, not {got.format(name)}"
+    for other in {"q", "k", "v"} - {name}:
+        with pytest.raises(TypeError, match=f"{other} must be a tensor, got list"):
+            door(**arguments | {name: make(arguments[name]), other: [1.0]})
 
 
 @pytest.mark.parametrize(
