@@ -175,14 +175,13 @@ EXPERIMENTS = (
         NAMED["W1b"].case, BACKWARD, lambda p: [Way("two-pass", 1.5, dict(backward_schedule="two-pass"))],
     ),
     Experiment(
-        "loads of the bias gradient", "One stage: tiles are loaded when they are needed, as in nested loops over batch "
-        "and heads, which came before the one loop.",
+        "loads of the bias gradient", "One stage: tiles are loaded when they are needed.",
         "Two products a tile are over long before its four loads, and two programs a multiprocessor hide half of that.",
         SHARED_BIAS, ("bias_grad_kernel",),
         lambda p: [Way("one stage", 1.5, dict(bias_grad=p.bias_grad._replace(num_stages=1)))],
     ),
     Experiment(
-        "spills", "The larger tile that ran before tables knew such calls apart; it spills 384 bytes a thread.",
+        "spills", "The larger tile of the rule (`tuning/rules.py: tiles`); it spills 384 bytes a thread.",
         "A spill is written and read in L1, once a tile; smaller tiles load the same bias and compute as much.",
         BIASED, FORWARD, lambda p: [Way("128 x 64", 1.1, dict(forward=Config(128, 64, 8, 2)))],
     ),
@@ -305,15 +304,26 @@ def read(folder: Path) -> dict[Job, dict[str, Any]]:
     return {Job(row["experiment"], row["way"]): row for row in found}
 
 
-HEADING = """# What was tried, and what did it gain?
+HEADING = """# What else could be done, and would it be faster?
 
-Written by `python -m bench.experiments --page`; the experiments, with what was predicted before anything was measured,
-are in `bench/experiments.py`. A number is the time of a way over the time of what ships: below 1, the way is faster.
+Each section is a hypothesis: another way than what ships, and its time as predicted before anything was measured. No
+prediction is a result. `make experiments-gpu` measures the ways on an NVIDIA GPU, each beside what ships, and adds
+lines to `bench/results/`; the predictions are for an H200. Measured so far: {done} of {all} ways.
+
+A number is the time of a way over the time of what ships: below 1, the way is faster. A way that gives wrong results
+is not timed.
+
+The page is written by `python -m bench.experiments --page`, from `bench/experiments.py` and the results. Terms are
+those of [schedules.md](schedules.md); where the named sizes come from is in `bench/named.py`.
 """
 
 
 def page(found: dict[Job, dict[str, Any]]) -> str:
-    return "\n".join([HEADING, *map("\n".join, (section(e, found) for e in EXPERIMENTS))])
+    with tuning.assumed("sm_90"):
+        jobs = [Job(e.name, name) for e in EXPERIMENTS for name in ways_of(e, torch.device("meta"))]
+    done = [job for job in jobs if job in found and found[job]["status"] == "ok"]
+    heading = HEADING.format(done=len(done), all=len(jobs))
+    return "\n".join([heading, *map("\n".join, (section(e, found) for e in EXPERIMENTS))])
 
 
 def section(experiment: Experiment, found: dict[Job, dict[str, Any]]) -> list[str]:
