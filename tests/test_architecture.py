@@ -32,7 +32,6 @@ MAY_IMPORT = {
     "ops": {"tiled", "problem"},
     "functional": {"ops", "problem", "masks", "tiled", "reference", "tuning"},
     "chunked": DOOR,
-    "distributed": DOOR,
     "maps": DOOR | {"reference"},
     "layers": DOOR | {"maps"},
     "integrations": DOOR | {"layers", "maps"},
