@@ -82,6 +82,8 @@ def sweep(field: str, heads: int, resident: int, splits: tuple[int, ...]) -> Cal
 
 BIASED = Case("bias", 2, 16, 16, 4096, 77, 128, bias=(1, 1, 1, 1), layout="bshd", source="a bias for every pair")
 SHARED_BIAS = Case("shared bias", 16, 12, 12, 1024, 512, 64, bias=(0, 1, 1, 1), layout="bshd", source="one for a batch")
+WINDOWS = Case("windows", 4096, 6, 6, 49, 49, 32, bias=(0, 1, 1, 1), layout="bshd", source="Swin, windows of 7 x 7")
+QUERIES = Case("queries", 2, 8, 8, 100, 16384, 32, layout="bshd", source="Mask2Former, 100 queries, 128 x 128 pixels")
 VIDEO = Case("video", 1, 16, 16, 64, 65536, 64, layout="bshd", source="resampler, 64 latents, 256 frames of 256 tokens")
 EVEN = Case("even", 16, 20, 20, 448, 1536, 64, layout="bshd", source="Whisper, training, with keys to fill whole tiles")
 IN_ORDER = "The second product of a tile waits in the loop for the exponentials of the same tile instead of the next."
@@ -154,6 +156,20 @@ EXPERIMENTS = (
         "Waves of one program a multiprocessor, for dk and dv alone: 160 programs leave 28 to a second wave, 640 leave "
         "112 to a fifth. Partial sums for nothing.",
         NAMED["W2a"].case, ("dkv_kernel", "fold_kernel"), sweep("dkv", 160, 1, (1, 2, 3, 5)),
+    ),
+    Experiment(
+        "two-pass, splits of dq",
+        "How many programs share the keys of a tile of queries. 16 for each of 16 tiles ship.",
+        "Waves of one program a multiprocessor, for dq alone: one program a tile leaves 116 of 132 idle. Partial sums "
+        "for nothing.",
+        QUERIES, ("dq_kernel", "fold_kernel"), sweep("dq", 16, 1, (1, 4, 8, 24, 32)),
+    ),
+    Experiment(
+        "bias gradient, splits",
+        "How many programs share the windows over which the gradient of their bias is summed. 22 for each of 12 tiles "
+        "ship.",
+        "Waves of one program a multiprocessor: one program a tile leaves 120 of 132 idle. Partial sums for nothing.",
+        WINDOWS, ("bias_grad_kernel", "fold_kernel"), sweep("bias_grad", 12, 1, (1, 6, 11, 33)),
     ),
     Experiment(
         "tiles of dk and dv, D = 128", "Smaller tiles than the 64 queries and 128 keys that ship.",

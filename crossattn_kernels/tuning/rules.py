@@ -135,6 +135,26 @@ def split_queries(config: Config, problem: Problem, chip: Chip) -> Config:
     return config._replace(splits=next(n for n, time in times.items() if time <= EVEN_ENOUGH * min(times.values())))
 
 
+def split_dq(config: Config, problem: Problem, chip: Chip) -> Config:
+    """The kernel of dq, split over keys where tiles of queries are few."""
+    p = problem
+    programs = -(-p.M // config.BLOCK_M) * p.Hq * (1 if p.shares_q else p.B)
+    return config._replace(splits=shares(programs, -(-p.N // config.BLOCK_N), chip, least=4))
+
+
+def split_terms(config: Config, problem: Problem, chip: Chip) -> Config:
+    """The kernel of the bias gradient, whose programs share the terms of an entry where tiles of entries are few."""
+    p = problem
+    by_batch, by_head, by_query, by_key = p.bias_varies or (True,) * 4
+    by_query, by_key = by_query or p.M == 1, by_key or p.N == 1
+    summed = by_query and by_key  # over batch and heads; elsewhere each (b, h) has programs of its own
+    rows, columns = -(-p.M // config.BLOCK_M), -(-p.N // config.BLOCK_N)
+    programs = (rows if by_query else 1) * (columns if by_key else 1)
+    programs *= (p.B if by_batch or not summed else 1) * (p.Hq if by_head or not summed else 1)
+    steps = rows * columns * p.B * p.Hq // max(1, programs)
+    return config._replace(splits=shares(programs, steps, chip, least=4))
+
+
 def all_queries(config: Config, problem: Problem, chip: Chip) -> Config:
     """One tile of the queries of all heads of a key head; keys are split."""
     p = problem
