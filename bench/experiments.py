@@ -84,6 +84,9 @@ BIASED = Case("bias", 2, 16, 16, 4096, 77, 128, bias=(1, 1, 1, 1), layout="bshd"
 SHARED_BIAS = Case("shared bias", 16, 12, 12, 1024, 512, 64, bias=(0, 1, 1, 1), layout="bshd", source="one for a batch")
 WINDOWS = Case("windows", 4096, 6, 6, 49, 49, 32, bias=(0, 1, 1, 1), layout="bshd", source="Swin, windows of 7 x 7")
 QUERIES = Case("queries", 2, 8, 8, 100, 16384, 32, layout="bshd", source="Mask2Former, 100 queries, 128 x 128 pixels")
+ONE_HEAD = Case(
+    "one head", 1, 1, 1, 4096, 4096, 64, layout="bshd", source="a VAE's mid block, narrower: 64 x 64 latents"
+)
 VIDEO = Case("video", 1, 16, 16, 64, 65536, 64, layout="bshd", source="resampler, 64 latents, 256 frames of 256 tokens")
 EVEN = Case("even", 16, 20, 20, 448, 1536, 64, layout="bshd", source="Whisper, training, with keys to fill whole tiles")
 IN_ORDER = "The second product of a tile waits in the loop for the exponentials of the same tile instead of the next."
@@ -136,6 +139,12 @@ EXPERIMENTS = (
         "forward splits", "How many programs share the keys of 64 latents. 16 for each of 16 heads ship.",
         "Waves of two programs a multiprocessor, merging for nothing: 17 leave 8 programs to a second wave.",
         VIDEO, FORWARD, sweep("forward", 16, 2, (1, 4, 8, 17, 33)),
+    ),
+    Experiment(
+        "forward splits, few heads",
+        "How many programs share the keys of a tile of queries. 7 for each of 32 tiles ship.",
+        "Waves of one program a multiprocessor: one program a tile leaves 100 of 132 idle. Partial states for nothing.",
+        ONE_HEAD, FORWARD, sweep("forward", 32, 1, (1, 2, 4, 8, 16)),
     ),
     Experiment(
         "short keys, splits",

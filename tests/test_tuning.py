@@ -121,6 +121,15 @@ def test_tiles_of_keys_that_leave_most_of_a_last_wave_idle_are_split():
 
 
 @pytest.mark.parametrize(
+    ("sizes", "splits"),
+    [((1, 8, 8, 1024, 4096, 64), 4), ((1, 1, 1, 4096, 4096, 64), 7), ((2, 8, 8, 100, 1050, 32), 1)],
+)
+def test_a_share_of_the_forward_is_long_beside_its_partial_result(sizes, splits):
+    """64 and 32 tiles of queries fill the chip by shares of 16 and 10 steps; 17 steps are not worth two partials."""
+    assert tuning.plan(problem(*sizes)).forward.splits == splits
+
+
+@pytest.mark.parametrize(
     "sizes",
     [(2, 8, 8, 100, 16384, 32), (1, 8, 8, 512, 50176, 64), (1, 32, 8, 64, 6404, 128)],
     ids=["Mask2Former", "Perceiver IO", "Mllama"],

@@ -10,7 +10,7 @@ from crossattn_kernels.tuning.chips import Chip
 WAVES = 2  # programs a multiprocessor that a split aims at
 MOST_EVENED, EVEN_ENOUGH = 4, 1.05  # splits that fill the last wave; times of the best that fewer of them may take
 MOST_EXTRAS = 3  # options of a call beside which sums of all three gradients fit the registers
-MOST_TRAFFIC = 0.2  # of what a kernel moves anyway, for partial results of forward splits
+SHARE = 2  # times the bytes of a partial result of the forward that its program reads of keys and values
 
 
 class Config(NamedTuple):
@@ -112,11 +112,9 @@ def split_keys(config: Config, problem: Problem, chip: Chip) -> Config:
         config = config._replace(num_warps=min(config.num_warps, 4), BLOCK_N=min(config.BLOCK_N, 64))
     rows, heads = (p.M * p.group, p.Hk) if config.packed else (p.M, p.Hq)
     programs = -(-rows // config.BLOCK_M) * p.B * heads
-    wanted = shares(programs, -(-p.N // config.BLOCK_N), chip, least=2)
-    moved = p.B * p.Hk * p.N * (p.D + p.Dv) * p.dtype.itemsize
-    partial = 2 * 4 * p.B * p.Hq * p.M * (p.Dv + 2)
-    most = max(1, int(MOST_TRAFFIC * moved / max(1, partial)))
-    return config._replace(splits=min(wanted, most))
+    partial = 2 * 4 * config.BLOCK_M * (p.Dv + 2)  # fp32, written and read
+    least = -(-SHARE * partial // max(1, config.BLOCK_N * (p.D + p.Dv) * p.dtype.itemsize))
+    return config._replace(splits=shares(programs, -(-p.N // config.BLOCK_N), chip, max(2, least)))
 
 
 def split_queries(config: Config, problem: Problem, chip: Chip) -> Config:
