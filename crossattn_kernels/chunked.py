@@ -6,6 +6,7 @@ output, so its gradients are those of the whole.  Chunks given as callables are 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -41,7 +42,8 @@ def cross_attention_chunked(
 
     q: (B, Hq, M, D); chunks: a sequence of (k, v), each (B, Hk, n, D) and (B, Hk, n, Dv) with its own n (0 as well), or
     of callables without arguments that return such a pair.  A callable is called in the forward and in the backward, so
-    what it computes must not change between; its k and v, and their gradients, live only while it is worked on.
+    it must be deterministic: autocast is the same in both, the state of random numbers is not.  Its k and v, and their
+    gradients, live only while it is worked on.
     Gradients reach the leaf tensors it captures (the parameters of its projections); a tensor that is itself the result
     of a computation has to be an argument, `functools.partial(project, context)`.
 
@@ -64,7 +66,7 @@ def cross_attention_chunked(
         raise NotImplementedError(f"cross_attention_chunked cannot serve this call: {why}")
     one_of("backend", backend, (None, *BACKENDS))
     (cast_q,) = autocast(q)
-    settings = Settings(mask, scale, softcap, dropout_p, backend, cast=cast_q is not q)
+    settings = Settings(mask, scale, softcap, dropout_p, backend)
     seed = draw_seed(q.device, generator) if dropout_p else None
     o, lse, plan = _forward(cast_q.detach(), chunks, bias, seed, settings)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (cast_q, bias, *plan.inputs) if t is not None):
@@ -93,7 +95,6 @@ class Settings(NamedTuple):
     softcap: float | None
     dropout_p: float
     backend: str | None
-    cast: bool  # k and v to q's dtype, under autocast
 
 
 class Piece(NamedTuple):
@@ -119,15 +120,17 @@ def _forward(
     plan = Plan([], [], settings)
     state: tuple[Tensor, Tensor] | None = None
     first = 0
-    for chunk in chunks:
-        k, v, ends = _evaluate(chunk)
-        piece = Piece(chunk, first, first + k.shape[2], tuple(_index(plan.inputs, t) for t, _ in ends))
-        plan.pieces.append(piece)
-        with torch.no_grad():
-            x, options, backend = _call(q, k, v, bias, seed, piece, settings)
-            o, _, lse, _, _ = forward_op(*x, *options, backend)
-            state = (o.to(lse.dtype), lse) if state is None else merge(*state, o.to(lse.dtype), lse)
-        first = piece.last
+    wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with _entered(_autocasts(q.device)) if any(map(callable, chunks)) else contextlib.nullcontext():
+        for chunk in chunks:
+            k, v, ends = _evaluate(chunk, wanted)
+            piece = Piece(chunk, first, first + k.shape[2], tuple(_index(plan.inputs, t) for t, _ in ends))
+            plan.pieces.append(piece)
+            with torch.no_grad():
+                x, options, backend = _call(q, k, v, bias, seed, piece, settings)
+                o, _, lse, _, _ = forward_op(*x, *options, backend)
+                state = (o.to(lse.dtype), lse) if state is None else merge(*state, o.to(lse.dtype), lse)
+            first = piece.last
     _check_widths(settings.mask, bias, first, q)
     B, Hq, M, D = q.shape
     if state is None:
@@ -141,7 +144,7 @@ def _call(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, piece: Piece, settings: Settings
 ) -> tuple[Inputs, Options, str]:
     """The canonical call of one chunk."""
-    k, v = (t.detach().to(q.dtype) if settings.cast else t.detach() for t in (k, v))
+    k, v = autocast(k.detach(), v.detach())
     mask = None if settings.mask is None else settings.mask.slice_keys(piece.first, piece.last)
     if bias is not None:
         bias = _columns(bias.detach(), piece)
@@ -184,7 +187,7 @@ class Chunked(torch.autograd.Function):
         bias: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.plan = plan
+        ctx.plan, ctx.autocasts = plan, _autocasts(q.device)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(o, lse, seed, q, bias, *inputs)
         return o.view_as(o), lse.view_as(lse)
@@ -199,20 +202,21 @@ class Chunked(torch.autograd.Function):
         dbias = torch.zeros(bias.shape, dtype=lse.dtype, device=q.device) if need_bias else None
         grads: list[Tensor | None] = [None] * len(inputs)
         none = q.new_empty(0)
-        for piece in ctx.plan.pieces:
-            needed = any(need[i] for i in piece.inputs)
-            k, v, ends = _evaluate(piece.chunk)
-            x, options, backend = _call(q, k, v, bias, seed, piece, ctx.plan.settings)
-            wanted = [need_q, needed, needed, need_bias, False, False]
-            dq_part, dk, dv, dbias_part, _, _ = backward_op(
-                do, dlse, o, lse, none, none.bool(), wanted, *x, *options, backend
-            )
-            if dq is not None:
-                dq += dq_part
-            if dbias is not None:
-                _columns(dbias, piece).add_(dbias_part.sum_to_size(_columns(dbias, piece).shape))
-            if needed:
-                _carry(piece, (k, v), (dk, dv), [end for _, end in ends], grads)
+        with _entered(ctx.autocasts):
+            for piece in ctx.plan.pieces:
+                needed = any(need[i] for i in piece.inputs)
+                k, v, ends = _evaluate(piece.chunk)
+                x, options, backend = _call(q, k, v, bias, seed, piece, ctx.plan.settings)
+                wanted = [need_q, needed, needed, need_bias, False, False]
+                dq_part, dk, dv, dbias_part, _, _ = backward_op(
+                    do, dlse, o, lse, none, none.bool(), wanted, *x, *options, backend
+                )
+                if dq is not None:
+                    dq += dq_part
+                if dbias is not None:
+                    _columns(dbias, piece).add_(dbias_part.sum_to_size(_columns(dbias, piece).shape))
+                if needed:
+                    _carry(piece, (k, v), (dk, dv), [end for _, end in ends], grads)
         dq = None if dq is None else dq.to(q.dtype)
         dbias = None if dbias is None else dbias.to(bias.dtype)
         return (None, None, None, None, dq, dbias, *grads)
@@ -230,16 +234,47 @@ def _carry(piece: Piece, pair: Pair, grads_of_pair: Pair, ends: list[Tensor], gr
 # ---- what a chunk depends on ----
 
 
-def _evaluate(chunk: Chunk) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """(k, v, ends): ends are pairs of a tensor that wants a gradient and what stands for it in the graph of k and v."""
+def _evaluate(chunk: Chunk, wanted: bool = True) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """(k, v, ends): ends are pairs of a tensor that wants a gradient and what stands for it in the graph of k and v.
+
+    wanted: whether there will be gradients; if not, there are no ends, and a function builds no graph.
+    """
     if not callable(chunk):
         k, v = chunk
-        return k, v, [(t, t) for t in (k, v) if t.requires_grad]
+        return k, v, [(t, t) for t in (k, v) if wanted and t.requires_grad]
+    if not wanted:
+        k, v = chunk()
+        return k, v, []
     with torch.enable_grad():
         function, ends = _cut(chunk)
         start = torch.ones((), requires_grad=True).neg().grad_fn._sequence_nr()  # type: ignore[union-attr]
         k, v = function()
     return k, v, ends + [(t, t) for t in _leaves(k, v, start, {id(end) for _, end in ends})]
+
+
+def _autocasts(device: torch.device) -> list[dict[str, Any]]:
+    """The state of autocast, as a backward needs it to call a function as the forward did.
+
+    Without its cache: a weight that an earlier chunk, or another layer, has cast would be the result of a computation
+    that the gradient of this chunk cannot reach.
+    """
+    return [
+        dict(
+            device_type=kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=False,
+        )
+        for kind in {device.type, "cpu"}
+        if torch.amp.is_autocast_available(kind)
+    ]
+
+
+def _entered(autocasts: list[dict[str, Any]]) -> contextlib.ExitStack:
+    with contextlib.ExitStack() as stack:
+        for arguments in autocasts:
+            stack.enter_context(torch.autocast(**arguments))
+        return stack.pop_all()
 
 
 def _cut(chunk: Callable[[], Pair]) -> tuple[Callable[[], Pair], list[tuple[Tensor, Tensor]]]:

@@ -201,6 +201,68 @@ def test_autocast():
     assert o.dtype == torch.bfloat16 and q.grad.dtype == k.grad.dtype == torch.float32
 
 
+def test_autocast_of_chunks_beside_a_projected_q():
+    """k and v are cast for themselves: q may have the dtype of autocast before."""
+    q, pairs = inputs((5, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        o = cross_attention_chunked(q.bfloat16(), pairs)
+    assert torch.equal(o, cross_attention_chunked(q.bfloat16(), [(k.bfloat16(), v.bfloat16()) for k, v in pairs]))
+
+
+def half(enabled=True, **options):
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled, **options)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_functions_share_a_weight_under_autocast(inside):
+    """The cache of autocast is not a captured computation, and a backward calls as the forward did, wherever it is."""
+    torch.manual_seed(0)
+    project, q = Project(), torch.randn(2, 4, 5, 16, requires_grad=True)
+    context, dtypes = torch.randn(2, 20, 6, requires_grad=True), []
+    sources, pieces = [q, context, *project.parameters()], context.split(10, 1)
+
+    def noted(x):
+        k, v = project(x)
+        dtypes.append(k.dtype)
+        return k, v
+
+    with half(inside, cache_enabled=True):
+        project(context)  # fills the cache
+        o = cross_attention_chunked(q, [functools.partial(noted, x) for x in pieces])
+    with half(not inside):
+        got = grads_of(o.float().square().sum(), sources)
+    assert dtypes == 4 * [torch.bfloat16 if inside else torch.float32]
+    with half(inside, cache_enabled=False):
+        want = cross_attention_chunked(q, [project(x) for x in pieces])
+    assert torch.equal(o, want)
+    for a, b in zip(got, grads_of(want.float().square().sum(), sources)):
+        assert torch.equal(a, b)
+
+
+def test_functions_share_a_weight_under_autocast_without_gradients():
+    project, q = Project(), torch.randn(2, 4, 5, 16)
+    chunks = [functools.partial(project, x) for x in torch.randn(2, 20, 6).split(10, 1)]
+    with half():
+        want = cross_attention_chunked(q, chunks)
+        with torch.no_grad():
+            assert torch.equal(cross_attention_chunked(q, chunks), want)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_functions_where_nobody_wants_a_gradient(mode):
+    """They are called as they are: no graph, and what they captured does not matter."""
+    x = torch.randn(2, 10, 6, requires_grad=True).sin()
+    project, q = Project(), torch.randn(2, 4, 5, 16)
+
+    def chunk():
+        k, v = project(x)
+        assert not k.requires_grad
+        return k, v
+
+    with mode():
+        assert torch.equal(cross_attention_chunked(q, [chunk]), cross_attention_chunked(q, [project(x)]))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
