@@ -239,12 +239,14 @@ def _evaluate(chunk: Chunk, wanted: bool = True) -> tuple[Tensor, Tensor, list[t
 
     wanted: whether there will be gradients; if not, there are no ends, and a function builds no graph.
     """
-    if not callable(chunk):
-        k, v = chunk
-        return k, v, [(t, t) for t in (k, v) if wanted and t.requires_grad]
     if not wanted:
-        k, v = chunk()
+        k, v = chunk() if callable(chunk) else chunk
         return k, v, []
+    if not callable(chunk):
+        ends: list[tuple[Tensor, Tensor]] = []
+        # one tensor may be both, and v may have been computed from k: autograd adds that up outside
+        k, v = (_leaf(t, ends) for t in chunk)
+        return k, v, ends
     with torch.enable_grad():
         function, ends = _cut(chunk)
         start = torch.ones((), requires_grad=True).neg().grad_fn._sequence_nr()  # type: ignore[union-attr]
@@ -282,15 +284,17 @@ def _cut(chunk: Callable[[], Pair]) -> tuple[Callable[[], Pair], list[tuple[Tens
     if not isinstance(chunk, functools.partial):
         return chunk, []
     ends: list[tuple[Tensor, Tensor]] = []
-
-    def cut(t: Any) -> Any:
-        if not isinstance(t, Tensor) or not t.requires_grad:
-            return t
-        ends.append((t, t.detach().requires_grad_()))
-        return ends[-1][1]
-
-    args, keywords = tuple(map(cut, chunk.args)), {name: cut(t) for name, t in chunk.keywords.items()}
+    args = [_leaf(t, ends) for t in chunk.args]
+    keywords = {name: _leaf(t, ends) for name, t in chunk.keywords.items()}
     return functools.partial(chunk.func, *args, **keywords), ends
+
+
+def _leaf(t: Any, ends: list[tuple[Tensor, Tensor]]) -> Any:
+    """What stands for t in the chunk's own graph."""
+    if not isinstance(t, Tensor) or not t.requires_grad:
+        return t
+    ends.append((t, t.detach().requires_grad_()))
+    return ends[-1][1]
 
 
 def _leaves(k: Tensor, v: Tensor, start: int, known: set[int]) -> list[Tensor]:

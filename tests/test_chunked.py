@@ -129,6 +129,23 @@ def test_callables_give_every_gradient(captured):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("of_keys", [lambda k: k, torch.sin], ids=["are", "come from"])
+def test_values_that_are_or_come_from_the_keys(of_keys, called):
+    """What v owes to k is counted once."""
+    x = torch.randn(1, 2, 7, 16, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(16, dtype=torch.float64, requires_grad=True)
+    q = torch.randn(1, 4, 5, 16, dtype=torch.float64)
+
+    def pair(x):
+        k = x * w
+        return k, of_keys(k)
+
+    chunks = [functools.partial(pair, t) if called else pair(t) for t in x.split(4, 2)]
+    got = grads_of(cross_attention_chunked(q, chunks).square().sum(), [x, w])
+    torch.testing.assert_close(got, grads_of(cross_attention(q, *pair(x)).square().sum(), [x, w]))
+
+
 def test_callables_are_called_again_one_at_a_time():
     """k and v of one chunk alone are alive: forward and backward."""
     import weakref
