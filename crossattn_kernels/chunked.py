@@ -20,6 +20,7 @@ from crossattn_kernels.problem import EMPTY_ROWS, Inputs, Options, canonical, fi
 
 Pair = tuple[Tensor, Tensor]
 Chunk = Pair | Callable[[], Pair]
+Autocasts = list[dict[str, Any]]  # arguments of torch.autocast
 forward_op, backward_op = torch.ops.crossattn.forward, torch.ops.crossattn.backward
 
 
@@ -193,21 +194,41 @@ class Chunked(torch.autograd.Function):
         return o.view_as(o), lse.view_as(lse)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        o, lse, seed, q, bias, *inputs = ctx.saved_tensors
-        need_q, need_bias, *need = ctx.needs_input_grad[4:]
+        grads = ChunkedBackward.apply(ctx.plan, ctx.autocasts, ctx.needs_input_grad[4:], do, dlse, *ctx.saved_tensors)
+        return (None, None, None, None, *grads)
+
+
+class ChunkedBackward(torch.autograd.Function):
+    """The gradients that `Chunked` hands on; a Function, so that a second derivative says why it does not work."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        autocasts: Autocasts,
+        needed: tuple[bool, ...],
+        do: Tensor | None,
+        dlse: Tensor | None,
+        o: Tensor,
+        lse: Tensor,
+        seed: Tensor | None,
+        q: Tensor,
+        bias: Tensor | None,
+        *inputs: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        need_q, need_bias, *need = needed
         do = torch.zeros_like(o) if do is None else do
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if need_q else None
-        dbias = torch.zeros(bias.shape, dtype=lse.dtype, device=q.device) if need_bias else None
+        dbias = torch.zeros(bias.shape, dtype=lse.dtype, device=q.device) if need_bias and bias is not None else None
         grads: list[Tensor | None] = [None] * len(inputs)
         none = q.new_empty(0)
-        with _entered(ctx.autocasts):
-            for piece in ctx.plan.pieces:
-                needed = any(need[i] for i in piece.inputs)
+        with _entered(autocasts):
+            for piece in plan.pieces:
+                carried = any(need[i] for i in piece.inputs)
                 k, v, ends = _evaluate(piece.chunk)
-                x, options, backend = _call(q, k, v, bias, seed, piece, ctx.plan.settings)
-                wanted = [need_q, needed, needed, need_bias, False, False]
+                x, options, backend = _call(q, k, v, bias, seed, piece, plan.settings)
+                wanted = [need_q, carried, carried, need_bias, False, False]
                 dq_part, dk, dv, dbias_part, _, _ = backward_op(
                     do, dlse, o, lse, none, none.bool(), wanted, *x, *options, backend
                 )
@@ -215,11 +236,18 @@ class Chunked(torch.autograd.Function):
                     dq += dq_part
                 if dbias is not None:
                     _columns(dbias, piece).add_(dbias_part.sum_to_size(_columns(dbias, piece).shape))
-                if needed:
+                if carried:
                     _carry(piece, (k, v), (dk, dv), [end for _, end in ends], grads)
         dq = None if dq is None else dq.to(q.dtype)
-        dbias = None if dbias is None else dbias.to(bias.dtype)
-        return (None, None, None, None, dq, dbias, *grads)
+        dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
+        return dq, dbias, *grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "cross_attention_chunked has no second derivative; use cross_attention with backend='reference' where a "
+            "gradient of a gradient is needed"
+        )
 
 
 def _carry(piece: Piece, pair: Pair, grads_of_pair: Pair, ends: list[Tensor], grads: list[Tensor | None]) -> None:
@@ -254,7 +282,7 @@ def _evaluate(chunk: Chunk, wanted: bool = True) -> tuple[Tensor, Tensor, list[t
     return k, v, ends + [(t, t) for t in _leaves(k, v, start, {id(end) for _, end in ends})]
 
 
-def _autocasts(device: torch.device) -> list[dict[str, Any]]:
+def _autocasts(device: torch.device) -> Autocasts:
     """The state of autocast, as a backward needs it to call a function as the forward did.
 
     Without its cache: a weight that an earlier chunk, or another layer, has cast would be the result of a computation
@@ -272,7 +300,7 @@ def _autocasts(device: torch.device) -> list[dict[str, Any]]:
     ]
 
 
-def _entered(autocasts: list[dict[str, Any]]) -> contextlib.ExitStack:
+def _entered(autocasts: Autocasts) -> contextlib.ExitStack:
     with contextlib.ExitStack() as stack:
         for arguments in autocasts:
             stack.enter_context(torch.autocast(**arguments))

@@ -175,6 +175,47 @@ def test_captured_result_of_a_computation_is_refused():
         cross_attention_chunked(torch.randn(1, 2, 3, 16), [lambda: project(x)])
 
 
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("first", ["q", "k", "v", "bias", "w"])
+def test_double_backward_raises(first, called):
+    """A second derivative is an error, never a silent None; what has create_graph=True for another reason works."""
+    shapes = dict(q=(1, 2, 3, 16), k=(1, 2, 5, 16), v=(1, 2, 5, 16), bias=(3, 5), gate=(), w=(16,))
+    t = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
+
+    def pair(k, v):
+        return k * t["w"], v * t["w"]
+
+    chunk = functools.partial(pair, t["k"], t["v"]) if called else pair(t["k"], t["v"])
+    loss = cross_attention_chunked(t["q"], [chunk], bias=t["bias"], gate=t["gate"]).sum()
+    (g,) = torch.autograd.grad(loss, t[first], create_graph=True)
+    assert torch.equal(g, grads_of(loss, t[first])[0])
+    for second in t.values():
+        with pytest.raises(NotImplementedError, match="cross_attention_chunked has no second derivative"):
+            torch.autograd.grad(g.sum(), second, allow_unused=True, retain_graph=True)
+
+
+def test_double_backward_that_gives_one_gradient_to_two():
+    """k = a + b hands on one tensor twice, and still both know that they have no second derivative."""
+    a, b = (torch.randn(1, 2, 5, 16, requires_grad=True) for _ in range(2))
+    q = torch.randn(1, 2, 3, 16)
+    chunk = functools.partial(lambda a, b: (a + b, torch.ones(1, 2, 5, 16)), a, b)
+    for g in torch.autograd.grad(cross_attention_chunked(q, [chunk]).sum(), [a, b], create_graph=True):
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            torch.autograd.grad(g.sum(), a, retain_graph=True)
+
+
+def test_the_gate_has_second_derivatives():
+    """It is applied outside, by PyTorch: its gradient may be differentiated once more."""
+    q, pairs = inputs((5, 6), torch.float64)
+    q, gate = q.requires_grad_(), torch.randn(4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.cat(pieces, 2) for pieces in zip(*pairs))
+    seconds = []
+    for o in (cross_attention_chunked(q, pairs, gate=gate), cross_attention(q, k, v, gate=gate, backend="reference")):
+        (g,) = torch.autograd.grad(o.square().sum(), gate, create_graph=True)
+        seconds.append(torch.autograd.grad(g.square().sum(), [q, gate]))
+    torch.testing.assert_close(*seconds)
+
+
 def test_no_chunks_and_empty_chunks():
     q = torch.randn(2, 3, 4, 8, requires_grad=True)
     o, lse = cross_attention_chunked(q, [], return_lse=True)
