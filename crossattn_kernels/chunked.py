@@ -20,7 +20,7 @@ from crossattn_kernels.problem import EMPTY_ROWS, Inputs, Options, canonical, fi
 
 Pair = tuple[Tensor, Tensor]
 Chunk = Pair | Callable[[], Pair]
-Autocasts = list[dict[str, Any]]  # arguments of torch.autocast
+Autocasts = list[tuple[str, torch.dtype, bool]]  # type of device, dtype, enabled
 forward_op, backward_op = torch.ops.crossattn.forward, torch.ops.crossattn.backward
 
 
@@ -48,13 +48,16 @@ def cross_attention_chunked(
     Gradients reach the leaf tensors it captures (the parameters of its projections); a tensor that is itself the result
     of a computation has to be an argument, `functools.partial(project, context)`.
 
-    mask and bias: over all keys, N the sum of the chunks.  The others as in `cross_attention`; scale is a number here.
-    An empty list of chunks gives o = 0 and lse = -inf, in q's head size.
+    mask (a `Mask`) and bias: over all keys, N the sum of the chunks, which agree in everything else.  The others as in
+    `cross_attention`; scale is a number here.  An empty list of chunks gives o = 0 and lse = -inf, in q's head size.
     Raises as `cross_attention` does, and NotImplementedError for `empty_rows` other than "zero" together with a mask:
     whether a row is empty would be known only after the last chunk.
     """
+    _check_types(q, mask, bias)
     one_of("empty_rows", empty_rows, EMPTY_ROWS)
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     reasons = [
+        (transformed, "torch.func does not reach through chunks, so give cross_attention their concatenation"),
         (backend == "reference", "backend='reference' has no chunks"),
         (isinstance(scale, Tensor), "scale must be a number, so multiply q by a learnable one"),
         (
@@ -69,6 +72,8 @@ def cross_attention_chunked(
     (cast_q,) = autocast(q)
     settings = Settings(mask, scale, softcap, dropout_p, backend)
     seed = draw_seed(q.device, generator) if dropout_p else None
+    # no chunks are one without keys
+    chunks = list(chunks) or [(cast_q.new_empty(1, *q.shape[1:2], 0, *q.shape[3:]),) * 2]
     o, lse, plan = _forward(cast_q.detach(), chunks, bias, seed, settings)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (cast_q, bias, *plan.inputs) if t is not None):
         o, lse = Chunked.apply(plan, o, lse, seed, cast_q, bias, *plan.inputs)
@@ -120,25 +125,26 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Plan]:
     plan = Plan([], [], settings)
     state: tuple[Tensor, Tensor] | None = None
-    first = 0
+    first, sizes = 0, None
     wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with _entered(_autocasts(q.device)) if any(map(callable, chunks)) else contextlib.nullcontext():
-        for chunk in chunks:
+        for i, chunk in enumerate(chunks):
             k, v, ends = _evaluate(chunk, wanted)
+            if k.ndim != 4:
+                canonical(q, k, v)  # says so
             piece = Piece(chunk, first, first + k.shape[2], tuple(_index(plan.inputs, t) for t, _ in ends))
             plan.pieces.append(piece)
+            _check_widths(settings.mask, bias, piece.last, q, last=i == len(chunks) - 1)
             with torch.no_grad():
                 x, options, backend = _call(q, k, v, bias, seed, piece, settings)
+                sizes = _check_sizes(i, x, sizes)
                 o, _, lse, _, _ = forward_op(*x, *options, backend)
                 state = (o.to(lse.dtype), lse) if state is None else merge(*state, o.to(lse.dtype), lse)
             first = piece.last
-    _check_widths(settings.mask, bias, first, q)
-    B, Hq, M, D = q.shape
-    if state is None:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        state = q.new_zeros(B, Hq, M, D), q.new_full((B, Hq, M), -torch.inf, dtype=wide)
-    o = state[0]
-    return q.new_empty(o.shape[0], M, Hq, o.shape[3]).transpose(1, 2).copy_(o), state[1], plan
+    assert state is not None, "there is at least one chunk"
+    o, lse = state
+    B, Hq, M, Dv = o.shape
+    return q.new_empty(B, M, Hq, Dv).transpose(1, 2).copy_(o), lse, plan
 
 
 def _call(
@@ -161,17 +167,45 @@ def _call(
 
 
 def _columns(bias: Tensor, piece: Piece) -> Tensor:
-    return bias[..., piece.first : piece.last] if bias.shape[-1] > 1 else bias
+    return bias[..., piece.first : piece.last] if bias.shape[-1:] not in ((), (1,)) else bias
 
 
-def _check_widths(mask: Mask | None, bias: Tensor | None, N: int, q: Tensor) -> None:
-    """Chunks see slices, so only here a mask or bias that is wider than all of them shows."""
+def _check_types(q: Tensor, mask: Mask | None, bias: Tensor | None) -> None:
+    for name, t in ("q", q), ("bias", bias):
+        if not isinstance(t, Tensor) and (name, t) != ("bias", None):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: {shapes(q=q)}")
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(
+            "mask must be a Mask, such as Mask.key_padding(keep) or Mask.groups(visible) of a tensor of bools, "
+            f"got {type(mask).__name__}: {shapes(q=q, mask=mask)}"
+        )
+
+
+def _check_widths(mask: Mask | None, bias: Tensor | None, N: int, q: Tensor, last: bool) -> None:
+    """Chunks see slices, so only here a mask or bias shows that is not as wide as all of them.
+
+    N: the keys so far; all, if it is the last chunk.
+    """
     widths = {"bias": (bias, N)}
     if mask is not None:
-        widths |= {"mask.keys": (mask.keys, N), "mask.visible": (mask.visible, -(-N // mask.key_group))}
+        widths |= {"mask.keys": (mask.keys, N), "mask.visible": (mask.visible, -(-N // max(1, mask.key_group)))}
     for name, (t, width) in widths.items():
-        if t is not None and t.shape[-1] not in (1, width):
-            raise ValueError(f"{name} must cover the {N} keys of all chunks, got {tuple(t.shape)}: {shapes(q=q)}")
+        if t is None or t.shape[-1:] in ((), (1,), (width,)) or (t.shape[-1] > width and not last):
+            continue
+        number = N if last else f"{N} or more"
+        raise ValueError(f"{name} must cover the {number} keys of all chunks, got {tuple(t.shape)}: {shapes(q=q)}")
+
+
+def _check_sizes(i: int, x: Inputs, first: dict[str, int] | None) -> dict[str, int]:
+    """The sizes of chunk i that those of the first must be."""
+    sizes = {"batch": x.sizes[0], "number of key heads": x.k.shape[1], "head size of v": x.v.shape[3]}
+    for name, size in sizes.items():
+        if first is not None and size != first[name]:
+            raise ValueError(
+                f"chunks must have one {name}, but that of chunks[0] is {first[name]} and that of chunks[{i}] {size}: "
+                f"{shapes(q=x.q, k=x.k, v=x.v)}"
+            )
+    return sizes
 
 
 class Chunked(torch.autograd.Function):
@@ -204,23 +238,13 @@ class ChunkedBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        plan: Plan,
-        autocasts: Autocasts,
-        needed: tuple[bool, ...],
-        do: Tensor | None,
-        dlse: Tensor | None,
-        o: Tensor,
-        lse: Tensor,
-        seed: Tensor | None,
-        q: Tensor,
-        bias: Tensor | None,
-        *inputs: Tensor,
+        ctx: Any, plan: Plan, autocasts: Autocasts, needed: Sequence[bool], *tensors: Any
     ) -> tuple[Tensor | None, ...]:
+        do, dlse, o, lse, seed, q, bias, *inputs = tensors
         need_q, need_bias, *need = needed
         do = torch.zeros_like(o) if do is None else do
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if need_q else None
-        dbias = torch.zeros(bias.shape, dtype=lse.dtype, device=q.device) if need_bias and bias is not None else None
+        dbias = torch.zeros(bias.shape, dtype=lse.dtype, device=q.device) if need_bias else None
         grads: list[Tensor | None] = [None] * len(inputs)
         none = q.new_empty(0)
         with _entered(autocasts):
@@ -239,7 +263,7 @@ class ChunkedBackward(torch.autograd.Function):
                 if carried:
                     _carry(piece, (k, v), (dk, dv), [end for _, end in ends], grads)
         dq = None if dq is None else dq.to(q.dtype)
-        dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
+        dbias = None if dbias is None else dbias.to(bias.dtype)
         return dq, dbias, *grads
 
     @staticmethod
@@ -268,42 +292,39 @@ def _evaluate(chunk: Chunk, wanted: bool = True) -> tuple[Tensor, Tensor, list[t
     wanted: whether there will be gradients; if not, there are no ends, and a function builds no graph.
     """
     if not wanted:
-        k, v = chunk() if callable(chunk) else chunk
-        return k, v, []
+        return *_pair(chunk() if callable(chunk) else chunk), []
     if not callable(chunk):
         ends: list[tuple[Tensor, Tensor]] = []
         # one tensor may be both, and v may have been computed from k: autograd adds that up outside
-        k, v = (_leaf(t, ends) for t in chunk)
+        k, v = (_leaf(t, ends) for t in _pair(chunk))
         return k, v, ends
     with torch.enable_grad():
         function, ends = _cut(chunk)
         start = torch.ones((), requires_grad=True).neg().grad_fn._sequence_nr()  # type: ignore[union-attr]
-        k, v = function()
+        k, v = _pair(function())
     return k, v, ends + [(t, t) for t in _leaves(k, v, start, {id(end) for _, end in ends})]
 
 
-def _autocasts(device: torch.device) -> Autocasts:
-    """The state of autocast, as a backward needs it to call a function as the forward did.
+def _pair(chunk: Any) -> Pair:
+    """(k, v) of a tuple, a list or a stacked tensor."""
+    parts = tuple(chunk) if isinstance(chunk, (tuple, list, Tensor)) else (chunk,)
+    if len(parts) == 2 and isinstance(parts[0], Tensor) and isinstance(parts[1], Tensor):
+        return parts
+    got = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in parts)
+    raise TypeError(f"a chunk must be a pair of tensors (k, v), or a callable that returns one, got ({got})")
 
-    Without its cache: a weight that an earlier chunk, or another layer, has cast would be the result of a computation
-    that the gradient of this chunk cannot reach.
-    """
-    return [
-        dict(
-            device_type=kind,
-            dtype=torch.get_autocast_dtype(kind),
-            enabled=torch.is_autocast_enabled(kind),
-            cache_enabled=False,
-        )
-        for kind in {device.type, "cpu"}
-        if torch.amp.is_autocast_available(kind)
-    ]
+
+def _autocasts(device: torch.device) -> Autocasts:
+    """The state of autocast, for a backward that calls a function as the forward did."""
+    kinds = filter(torch.amp.is_autocast_available, {device.type, "cpu"})
+    return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
 
 
 def _entered(autocasts: Autocasts) -> contextlib.ExitStack:
     with contextlib.ExitStack() as stack:
-        for arguments in autocasts:
-            stack.enter_context(torch.autocast(**arguments))
+        for kind, dtype, enabled in autocasts:
+            # a weight that an earlier chunk or another layer has cast would be a computation that this chunk captured
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
         return stack.pop_all()
 
 

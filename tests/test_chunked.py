@@ -48,6 +48,9 @@ def results(o, lse, do, dlse, q, rest, *kv):
 CASES = {
     "plain": lambda N: {},
     "bias": lambda N: dict(bias=torch.randn(1, 4, 11, N)),
+    "scalar bias, one bit for all keys": lambda N: dict(
+        bias=torch.randn(()), mask=Mask(keys=torch.tensor([[True], [False]]))
+    ),
     "key bias, gate": lambda N: dict(bias=torch.randn(2, 1, 1, N), gate=torch.randn(4)),
     "channel gate, softcap": lambda N: dict(gate=torch.randn(4, 24), softcap=2.0),
     "dropout": lambda N: dict(dropout_p=0.3),
@@ -321,11 +324,22 @@ def test_functions_where_nobody_wants_a_gradient(mode):
         assert torch.equal(cross_attention_chunked(q, [chunk]), cross_attention_chunked(q, [project(x)]))
 
 
+def keep(*shape):
+    return Mask.key_padding(torch.ones(shape, dtype=torch.bool))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (dict(bias=torch.zeros(1, 1, 1, 13)), ValueError, "bias"),
-        (dict(mask=Mask(keys=torch.ones(1, 12, dtype=torch.bool))), ValueError, "mask.keys"),
+        (dict(bias=torch.zeros(1, 1, 1, 13)), ValueError, "bias must cover the 11 keys of all chunks"),
+        (dict(bias=torch.zeros(11, 4)), ValueError, "bias must cover the 5 or more keys of all chunks"),
+        (dict(bias=1.0), TypeError, "bias must be a tensor, got float"),
+        (dict(mask=keep(1, 12)), ValueError, "mask.keys must cover the 11 keys"),
+        (dict(mask=keep(2, 10)), ValueError, r"mask.keys must cover the 11 keys of all chunks, got \(2, 10\)"),
+        (dict(mask=keep(2, 3)), ValueError, r"mask.keys must cover the 5 or more keys of all chunks, got \(2, 3\)"),
+        (dict(mask=Mask.groups(torch.ones(11, 2) > 0, 1, 4)), ValueError, "mask.visible must cover the 11 keys"),
+        (dict(mask=torch.ones(2, 11) > 0), TypeError, r"must be a Mask.*key_padding.*got Tensor.*mask is \(2, 11\)"),
+        (dict(mask="lengths"), TypeError, "mask must be a Mask.*got str"),
         (dict(scale=torch.ones(())), NotImplementedError, "multiply q"),
         (dict(backend="reference"), NotImplementedError, "no chunks"),
         (dict(backend="fast"), ValueError, "backend"),
@@ -340,3 +354,69 @@ def test_bad_input(change, error, words):
     q, pairs = inputs((5, 6))
     with pytest.raises(error, match=words):
         cross_attention_chunked(q, pairs, **change)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (dict(dropout_p=2.0), ValueError),
+        (dict(softcap=-2.0), ValueError),
+        (dict(scale="x"), TypeError),
+        (dict(bias=torch.zeros(1, 1, 1, 2)), ValueError),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_no_chunks_excuse_no_argument(options, error):
+    with pytest.raises(error, match=f"{next(iter(options))} must"):
+        cross_attention_chunked(torch.randn(2, 4, 3, 8), [], **options)
+
+
+@pytest.mark.parametrize("q", [None, torch.zeros(4, 3, 8)], ids=["none", "3 dimensions"])
+@pytest.mark.parametrize("chunks", [[], [2 * (torch.zeros(1, 4, 5, 8),)]], ids=len)
+def test_bad_q(q, chunks):
+    with pytest.raises((TypeError, ValueError), match="q must"):
+        cross_attention_chunked(q, chunks)
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize(
+    ("k", "v", "words"),
+    [
+        ((2, 2, 6, 16), (2, 2, 6, 20), r"one head size of v.*chunks\[0\] is 24 and that of chunks\[1\] 20: q .*"),
+        ((2, 1, 6, 16), (2, 1, 6, 24), r"one number of key heads.*chunks\[0\] is 2 and that of chunks\[1\] 1: q .*"),
+        ((2, 2, 6, 15), (2, 2, 6, 24), "last size of `k`"),
+        ((3, 2, 6, 16), (3, 2, 6, 24), "batch of `k`"),
+        ((2, 6, 16), (2, 6, 24), "k must have 4 dimensions"),
+        ((), (2, 2, 6, 24), "k must have 4 dimensions"),
+    ],
+    ids=lambda v: str(v) if isinstance(v, tuple) else "",
+)
+def test_chunks_that_do_not_fit(k, v, words, called):
+    q, pairs = inputs((5,))
+    pair = torch.zeros(k), torch.zeros(v)
+    with pytest.raises(ValueError, match=words):
+        cross_attention_chunked(q, [*pairs, (lambda: pair) if called else pair])
+
+
+def test_chunks_of_one_batch():
+    """Where q is shared by all, the chunks say how many there are; a chunk that all share is welcome elsewhere."""
+    q, pairs = inputs((5, 6))
+    shared = pairs[0], tuple(t[:1] for t in pairs[1])
+    with pytest.raises(ValueError, match="one batch"):
+        cross_attention_chunked(q[:1], shared)
+    k, v = (torch.cat((a, b.expand(2, -1, -1, -1)), 2) for a, b in zip(*shared))
+    torch.testing.assert_close(cross_attention_chunked(q, shared), cross_attention(q, k, v))
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("chunk", [5, None, "kv", (torch.zeros(1),), [torch.zeros(2), None]], ids=repr)
+def test_what_is_not_a_pair(chunk, called):
+    with pytest.raises(TypeError, match=r"a chunk must be a pair of tensors \(k, v\), .* got \("):
+        cross_attention_chunked(torch.zeros(1, 2, 3, 8), [(lambda: chunk) if called else chunk])
+
+
+def test_transforms_of_torch_func():
+    q, pairs = inputs((5, 6))
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(NotImplementedError, match="cross_attention_chunked cannot serve.*torch.func"):
+            transform(lambda q: cross_attention_chunked(q, pairs).sum())(q)
