@@ -50,9 +50,17 @@ def cross_attention_chunked(
 
     mask (a `Mask`) and bias: over all keys, N the sum of the chunks, which agree in everything else.  The others as in
     `cross_attention`; scale is a number here.  An empty list of chunks gives o = 0 and lse = -inf, in q's head size.
+    torch.compile breaks its graph at this call, unless gradients are off and no chunk is a callable.
     Raises as `cross_attention` does, and NotImplementedError for `empty_rows` other than "zero" together with a mask:
     whether a row is empty would be known only after the last chunk.
     """
+    chunks = list(chunks)
+    if torch.compiler.is_dynamo_compiling() and (torch.is_grad_enabled() or any(map(callable, chunks))):
+        # not a decorator, which would import dynamo with this package
+        return torch.compiler.disable(cross_attention_chunked)(
+            q, chunks, mask=mask, bias=bias, gate=gate, scale=scale, softcap=softcap, dropout_p=dropout_p,
+            generator=generator, empty_rows=empty_rows, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     _check_types(q, mask, bias)
     one_of("empty_rows", empty_rows, EMPTY_ROWS)
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -73,7 +81,7 @@ def cross_attention_chunked(
     settings = Settings(mask, scale, softcap, dropout_p, backend)
     seed = draw_seed(q.device, generator) if dropout_p else None
     # no chunks are one without keys
-    chunks = list(chunks) or [(cast_q.new_empty(1, *q.shape[1:2], 0, *q.shape[3:]),) * 2]
+    chunks = chunks or [(cast_q.new_empty(1, *q.shape[1:2], 0, *q.shape[3:]),) * 2]
     o, lse, plan = _forward(cast_q.detach(), chunks, bias, seed, settings)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (cast_q, bias, *plan.inputs) if t is not None):
         o, lse = Chunked.apply(plan, o, lse, seed, cast_q, bias, *plan.inputs)

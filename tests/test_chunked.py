@@ -270,6 +270,37 @@ def test_autocast_of_chunks_beside_a_projected_q():
     assert torch.equal(o, cross_attention_chunked(q.bfloat16(), [(k.bfloat16(), v.bfloat16()) for k, v in pairs]))
 
 
+@pytest.mark.parametrize("called", [False, True])
+def test_compile_leaves_the_call_to_python(called):
+    """One graph before it and one after it, with the gradients of the call."""
+    from torch._dynamo.testing import CompileCounter
+
+    q, pairs = inputs((5, 6))
+    tensors = [q.requires_grad_(), *(t.requires_grad_() for t in pairs[0])]
+
+    def f(q, k, v):
+        return cross_attention_chunked(q.sin(), [(lambda: (k, v)) if called else (k, v), pairs[1]]).cos()
+
+    torch.compiler.reset()
+    compiled = torch.compile(f, backend=(counter := CompileCounter()))
+    for _ in range(2):
+        got, want = compiled(*tensors), f(*tensors)
+        assert torch.equal(got, want) and counter.frame_count == 2
+        assert all(map(torch.equal, grads_of(got.sum(), tensors), grads_of(want.sum(), tensors)))
+
+
+def test_compile_without_gradients_is_one_graph():
+    q, pairs = inputs((5, 6))
+    mask, bias, gate = keep(1, 11), torch.randn(11), torch.randn(4)
+
+    def f(q, mask):
+        return cross_attention_chunked(q.sin(), pairs, mask=mask, bias=bias, gate=gate).cos()
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(f, backend="eager", fullgraph=True)(q, mask), f(q, mask))
+
+
 def half(enabled=True, **options):
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled, **options)
 
