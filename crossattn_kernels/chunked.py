@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from crossattn_kernels.functional import BACKENDS, autocast, choose, draw_seed
 from crossattn_kernels.masks import Mask
@@ -63,9 +64,13 @@ def cross_attention_chunked(
         )  # fmt: skip
     _check_types(q, mask, bias)
     one_of("empty_rows", empty_rows, EMPTY_ROWS)
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    eager = not torch.compiler.is_compiling()
     reasons = [
-        (transformed, "torch.func does not reach through chunks, so give cross_attention their concatenation"),
+        (eager and forward_ad._current_level >= 0, "chunks have no forward-mode derivative"),
+        (
+            eager and torch._C._are_functorch_transforms_active(),
+            "torch.func does not reach through chunks, so give cross_attention their concatenation",
+        ),
         (backend == "reference", "backend='reference' has no chunks"),
         (isinstance(scale, Tensor), "scale must be a number, so multiply q by a learnable one"),
         (
@@ -217,22 +222,13 @@ def _check_sizes(i: int, x: Inputs, first: dict[str, int] | None) -> dict[str, i
 
 
 class Chunked(torch.autograd.Function):
-    """(o, lse) as `_forward` found them, with the gradients of q, the bias and everything the chunks depend on."""
+    """(o, lse) as `_forward` found them, with the gradients of the rest: q, bias and what the chunks depend on."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        plan: Plan,
-        o: Tensor,
-        lse: Tensor,
-        seed: Tensor | None,
-        q: Tensor,
-        bias: Tensor | None,
-        *inputs: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.plan, ctx.autocasts = plan, _autocasts(q.device)
+    def forward(ctx: Any, plan: Plan, o: Tensor, lse: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.autocasts = plan, _autocasts(o.device)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(o, lse, seed, q, bias, *inputs)
+        ctx.save_for_backward(o, lse, *rest)
         return o.view_as(o), lse.view_as(lse)
 
     @staticmethod

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from crossattn_kernels import Mask, cross_attention, cross_attention_chunked
 from crossattn_kernels.chunked import merge
@@ -444,6 +445,16 @@ def test_chunks_of_one_batch():
 def test_what_is_not_a_pair(chunk, called):
     with pytest.raises(TypeError, match=r"a chunk must be a pair of tensors \(k, v\), .* got \("):
         cross_attention_chunked(torch.zeros(1, 2, 3, 8), [(lambda: chunk) if called else chunk])
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_forward_mode_raises(called):
+    """Nor is a tangent lost without a word, which a function may have captured."""
+    q, (pair,) = inputs((5,))
+    with forward_ad.dual_level():
+        dual = tuple(forward_ad.make_dual(t, t) for t in pair)
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="forward-mode"):
+            cross_attention_chunked(q, [(lambda: dual) if called else dual])
 
 
 def test_transforms_of_torch_func():
