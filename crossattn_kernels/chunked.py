@@ -172,11 +172,9 @@ def _call(
         q, k, v, mask, bias=bias, scale=settings.scale, softcap=settings.softcap, dropout_p=settings.dropout_p
     )
     backend = choose(x.kind, settings.backend)
-    # tensors expanded over the batch stay so: their gradients are summed by whoever expanded them
-    expanded = dict(q=q, k=k, v=v) if x.q.shape != q.shape or x.k.shape != k.shape else {}
     # chunks that nothing else tells apart are one call to the launcher
     first = piece.first if settings.dropout_p else 0
-    return x._replace(**expanded, seed=seed), options._replace(first_key=first, chunk=True), backend
+    return x._replace(seed=seed), options._replace(first_key=first, chunk=True), backend
 
 
 def _columns(bias: Tensor, piece: Piece) -> Tensor:
