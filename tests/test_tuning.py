@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from crossattn_kernels import tuning
+from crossattn_kernels import kernels, tuning
 from crossattn_kernels.kernels import launch
 from crossattn_kernels.kernels.backward import Backward
 from crossattn_kernels.problem import Inputs, Options, Problem
@@ -75,9 +75,9 @@ def backward_programs(monkeypatch, sizes):
     B, Hq, Hk, M, N, D = sizes
     q, k = (torch.empty(B, S, H, D, dtype=torch.bfloat16, device="meta").transpose(1, 2) for H, S in ((Hq, M), (Hk, N)))
     lse, state = q.new_empty(B, Hq, M, dtype=torch.float32), q.new_empty(B, 2, Hq, M, dtype=torch.float32)
-    run = Backward(q, None, Inputs(q, k, k), Options(), q, lse, state, None, Gradients(*[True] * 3, *[False] * 3))
-    run.gradients()
-    return seen, run.launch.plan
+    backward = Backward(q, None, Inputs(q, k, k), Options(), q, lse, state, None, Gradients(*[True] * 3, *[False] * 3))
+    kernels.gradients(backward)
+    return seen, backward.launch.plan
 
 
 def test_the_backward_of_short_keys_fills_the_chip(monkeypatch):

@@ -287,7 +287,7 @@ class Backward:
         self.launch(delta_kernel, arguments, self.o, self.do, self.dlse, delta)
         return delta
 
-    def run(
+    def run_kernel(
         self, kernel: Any, config: Config, arguments: Callable[..., tuple], *tensors: Tensor | None, label: str = ""
     ) -> None:
         """Launch a kernel that makes p and ds: `arguments` gets its own tensors as they are and what all of these
@@ -311,16 +311,6 @@ class Backward:
         shared = (self.do, self.lse, state, delta, self.dlse, self.free, gate)
         self.launch(kernel, all_arguments, *shared, *self.x, *tensors, label=label)
 
-    def gradients(self) -> Gradients:
-        """Those of q, k, v, scale and of a gate on whole rows: those that are wanted."""
-        by_queries = self.wanted.q or self.wanted.scale or (self.wanted.gate and not self.x.gate_varies)
-        by_keys = self.wanted.k or self.wanted.v
-        if by_queries and by_keys and self.launch.plan.backward_schedule == "short keys":
-            sums = self.query_sums(self.lse.shape[0])
-            return self.by_keys(sums)._replace(**self.summed(sums))
-        found = self.by_keys(None) if by_keys else Gradients()
-        return found._replace(**self.by_queries()) if by_queries else found
-
     def by_queries(self) -> dict[str, Tensor | None]:
         (B, Hq, M, N), config, entries = self.x.sizes, self.launch.plan.dq, self.x.q.shape[0]
 
@@ -329,10 +319,10 @@ class Backward:
             return programs, *common, sums_view(*sums), known, *logits, B // entries, config.splits, Hq, M, N
 
         sums = self.query_sums(entries, config.splits)
-        self.run(dq_kernel, config, arguments, *sums[:3])
+        self.run_kernel(dq_kernel, config, arguments, *sums[:3])
         return self.summed(sums)
 
-    def by_keys(self, sums: QuerySums | None) -> Gradients:
+    def by_keys(self, sums: QuerySums | None = None) -> Gradients:
         """dk and dv and, where a tile holds all keys, `sums`."""
         x, (B, Hq, M, N), config = self.x, self.x.sizes, self.launch.plan.dkv
         entries, Hk = x.k.shape[:2]
@@ -351,7 +341,9 @@ class Backward:
         whole = self.launch.plan.backward_schedule == "short keys" or not apart(self.launch.problem)
         for label, outputs in {"": (dk, dv)}.items() if whole else {"k": (dk, None), "v": (None, dv)}.items():
             if outputs != (None, None):
-                self.run(dkv_kernel, config, arguments, *outputs, ranges, *(sums or QuerySums())[:3], label=label)
+                self.run_kernel(
+                    dkv_kernel, config, arguments, *outputs, ranges, *(sums or QuerySums())[:3], label=label
+                )
         return Gradients(k=self.folded(dk, x.k, "k"), v=self.folded(dv, x.v, "v"))
 
     def query_sums(self, entries: int, splits: int = 1) -> QuerySums:

@@ -73,17 +73,17 @@ def tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, C: tl.co
     return logit_grad(ds, logits, b, h, rows, M)
 
 
-def bias_grad(run: Backward) -> Tensor:
+def bias_grad(backward: Backward) -> Tensor:
     """A bias that varies over queries and keys is written as it is, summed over batch and heads inside the kernel; any
     other has an fp32 partial a (b, h), which is O(M + N), summed afterwards."""
-    x, bias = run.x, run.x.bias
+    x, bias = backward.x, backward.x.bias
     assert bias is not None
     B, Hq, M, N = x.sizes
     Bb, Hb, Mb, Nb = bias.shape
     dense = (Mb, Nb) == (M, N)
     batches, heads = (B // Bb, Hq // Hb) if dense else (1, 1)
     lead = (Bb, Hb) if dense else (B, Hq)
-    config = run.launch.plan.bias_grad
+    config = backward.launch.plan.bias_grad
     dbias = torch.empty(*lead, Mb, Nb, dtype=bias.dtype if dense else torch.float32, device=bias.device)
     several = config.splits > 1
     parts = dbias.new_empty(config.splits * lead[0], *dbias.shape[1:], dtype=torch.float32) if several else dbias
@@ -96,5 +96,5 @@ def bias_grad(run: Backward) -> Tensor:
             batches, heads, config.splits, lead[1], Hq, M, N, constant(Mb != M), constant(Nb != N),
         )  # fmt: skip
 
-    run.run(bias_grad_kernel, config, arguments, parts)
-    return (run.fold(parts, dbias, "bias") if several else dbias).sum_to_size(bias.shape)
+    backward.run_kernel(bias_grad_kernel, config, arguments, parts)
+    return (backward.fold(parts, dbias, "bias") if several else dbias).sum_to_size(bias.shape)
