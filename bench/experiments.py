@@ -82,6 +82,11 @@ def sweep(field: str, heads: int, resident: int, splits: tuple[int, ...]) -> Cal
 
 BIASED = Case("bias", 2, 16, 16, 4096, 77, 128, bias=(1, 1, 1, 1), layout="bshd", source="a bias for every pair")
 SHARED_BIAS = Case("shared bias", 16, 12, 12, 1024, 512, 64, bias=(0, 1, 1, 1), layout="bshd", source="one for a batch")
+WINDOWS = Case("windows", 4096, 6, 6, 49, 49, 32, bias=(0, 1, 1, 1), layout="bshd", source="Swin, windows of 7 x 7")
+QUERIES = Case("queries", 2, 8, 8, 100, 16384, 32, layout="bshd", source="Mask2Former, 100 queries, 128 x 128 pixels")
+ONE_HEAD = Case(
+    "one head", 1, 1, 1, 4096, 4096, 64, layout="bshd", source="a VAE's mid block, narrower: 64 x 64 latents"
+)
 VIDEO = Case("video", 1, 16, 16, 64, 65536, 64, layout="bshd", source="resampler, 64 latents, 256 frames of 256 tokens")
 EVEN = Case("even", 16, 20, 20, 448, 1536, 64, layout="bshd", source="Whisper, training, with keys to fill whole tiles")
 IN_ORDER = "The second product of a tile waits in the loop for the exponentials of the same tile instead of the next."
@@ -136,6 +141,12 @@ EXPERIMENTS = (
         VIDEO, FORWARD, sweep("forward", 16, 2, (1, 4, 8, 17, 33)),
     ),
     Experiment(
+        "forward splits, few heads",
+        "How many programs share the keys of a tile of queries. 7 for each of 32 tiles ship.",
+        "Waves of one program a multiprocessor: one program a tile leaves 100 of 132 idle. Partial states for nothing.",
+        ONE_HEAD, FORWARD, sweep("forward", 32, 1, (1, 2, 4, 8, 16)),
+    ),
+    Experiment(
         "short keys, splits",
         "How many programs share the queries of a head in the one-pass backward. 13 for each of 20 heads ship.",
         "Waves of one program a multiprocessor: 14 leave 16 programs to a third wave. Partial sums for nothing, though "
@@ -154,6 +165,20 @@ EXPERIMENTS = (
         "Waves of one program a multiprocessor, for dk and dv alone: 160 programs leave 28 to a second wave, 640 leave "
         "112 to a fifth. Partial sums for nothing.",
         NAMED["W2a"].case, ("dkv_kernel", "fold_kernel"), sweep("dkv", 160, 1, (1, 2, 3, 5)),
+    ),
+    Experiment(
+        "two-pass, splits of dq",
+        "How many programs share the keys of a tile of queries. 16 for each of 16 tiles ship.",
+        "Waves of one program a multiprocessor, for dq alone: one program a tile leaves 116 of 132 idle. Partial sums "
+        "for nothing.",
+        QUERIES, ("dq_kernel", "fold_kernel"), sweep("dq", 16, 1, (1, 4, 8, 24, 32)),
+    ),
+    Experiment(
+        "bias gradient, splits",
+        "How many programs share the windows over which the gradient of their bias is summed. 22 for each of 12 tiles "
+        "ship.",
+        "Waves of one program a multiprocessor: one program a tile leaves 120 of 132 idle. Partial sums for nothing.",
+        WINDOWS, ("bias_grad_kernel", "fold_kernel"), sweep("bias_grad", 12, 1, (1, 6, 11, 33)),
     ),
     Experiment(
         "tiles of dk and dv, D = 128", "Smaller tiles than the 64 queries and 128 keys that ship.",
@@ -175,14 +200,13 @@ EXPERIMENTS = (
         NAMED["W1b"].case, BACKWARD, lambda p: [Way("two-pass", 1.5, dict(backward_schedule="two-pass"))],
     ),
     Experiment(
-        "loads of the bias gradient", "One stage: tiles are loaded when they are needed, as in nested loops over batch "
-        "and heads, which came before the one loop.",
+        "loads of the bias gradient", "One stage: tiles are loaded when they are needed.",
         "Two products a tile are over long before its four loads, and two programs a multiprocessor hide half of that.",
         SHARED_BIAS, ("bias_grad_kernel",),
         lambda p: [Way("one stage", 1.5, dict(bias_grad=p.bias_grad._replace(num_stages=1)))],
     ),
     Experiment(
-        "spills", "The larger tile that ran before tables knew such calls apart; it spills 384 bytes a thread.",
+        "spills", "The larger tile of the rule (`tuning/rules.py: tiles`); it spills 384 bytes a thread.",
         "A spill is written and read in L1, once a tile; smaller tiles load the same bias and compute as much.",
         BIASED, FORWARD, lambda p: [Way("128 x 64", 1.1, dict(forward=Config(128, 64, 8, 2)))],
     ),
@@ -305,15 +329,26 @@ def read(folder: Path) -> dict[Job, dict[str, Any]]:
     return {Job(row["experiment"], row["way"]): row for row in found}
 
 
-HEADING = """# What was tried, and what did it gain?
+HEADING = """# What else could be done, and would it be faster?
 
-Written by `python -m bench.experiments --page`; the experiments, with what was predicted before anything was measured,
-are in `bench/experiments.py`. A number is the time of a way over the time of what ships: below 1, the way is faster.
+Each section is a hypothesis: another way than what ships, and its time as predicted before anything was measured. No
+prediction is a result. `make experiments-gpu` measures the ways on an NVIDIA GPU, each beside what ships, and adds
+lines to `bench/results/`; the predictions are for an H200. Measured so far: {done} of {all} ways.
+
+A number is the time of a way over the time of what ships: below 1, the way is faster. A way that gives wrong results
+is not timed.
+
+The page is written by `python -m bench.experiments --page`, from `bench/experiments.py` and the results. Terms are
+those of [schedules.md](schedules.md); where the named sizes come from is in `bench/named.py`.
 """
 
 
 def page(found: dict[Job, dict[str, Any]]) -> str:
-    return "\n".join([HEADING, *map("\n".join, (section(e, found) for e in EXPERIMENTS))])
+    with tuning.assumed("sm_90"):
+        jobs = [Job(e.name, name) for e in EXPERIMENTS for name in ways_of(e, torch.device("meta"))]
+    done = [job for job in jobs if job in found and found[job]["status"] == "ok"]
+    heading = HEADING.format(done=len(done), all=len(jobs))
+    return "\n".join([heading, *map("\n".join, (section(e, found) for e in EXPERIMENTS))])
 
 
 def section(experiment: Experiment, found: dict[Job, dict[str, Any]]) -> list[str]:

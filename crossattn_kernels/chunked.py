@@ -6,12 +6,14 @@ output, so its gradients are those of the whole.  Chunks given as callables are 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from crossattn_kernels.functional import BACKENDS, autocast, choose, draw_seed
 from crossattn_kernels.masks import Mask
@@ -19,6 +21,7 @@ from crossattn_kernels.problem import EMPTY_ROWS, Inputs, Options, canonical, fi
 
 Pair = tuple[Tensor, Tensor]
 Chunk = Pair | Callable[[], Pair]
+Autocasts = list[tuple[str, torch.dtype, bool]]  # type of device, dtype, enabled
 forward_op, backward_op = torch.ops.crossattn.forward, torch.ops.crossattn.backward
 
 
@@ -41,17 +44,33 @@ def cross_attention_chunked(
 
     q: (B, Hq, M, D); chunks: a sequence of (k, v), each (B, Hk, n, D) and (B, Hk, n, Dv) with its own n (0 as well), or
     of callables without arguments that return such a pair.  A callable is called in the forward and in the backward, so
-    what it computes must not change between; its k and v, and their gradients, live only while it is worked on.
+    it must be deterministic: autocast is the same in both, the state of random numbers is not.  Its k and v, and their
+    gradients, live only while it is worked on.
     Gradients reach the leaf tensors it captures (the parameters of its projections); a tensor that is itself the result
     of a computation has to be an argument, `functools.partial(project, context)`.
 
-    mask and bias: over all keys, N the sum of the chunks.  The others as in `cross_attention`; scale is a number here.
-    An empty list of chunks gives o = 0 and lse = -inf, in q's head size.
+    mask (a `Mask`) and bias: over all keys, N the sum of the chunks, which agree in everything else.  The others as in
+    `cross_attention`; scale is a number here.  An empty list of chunks gives o = 0 and lse = -inf, in q's head size.
+    torch.compile breaks its graph at this call, unless gradients are off and no chunk is a callable.
     Raises as `cross_attention` does, and NotImplementedError for `empty_rows` other than "zero" together with a mask:
     whether a row is empty would be known only after the last chunk.
     """
+    chunks = list(chunks)
+    if torch.compiler.is_dynamo_compiling() and (torch.is_grad_enabled() or any(map(callable, chunks))):
+        # not a decorator, which would import dynamo with this package
+        return torch.compiler.disable(cross_attention_chunked)(
+            q, chunks, mask=mask, bias=bias, gate=gate, scale=scale, softcap=softcap, dropout_p=dropout_p,
+            generator=generator, empty_rows=empty_rows, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
+    _check_types(q, mask, bias)
     one_of("empty_rows", empty_rows, EMPTY_ROWS)
+    eager = not torch.compiler.is_compiling()
     reasons = [
+        (eager and forward_ad._current_level >= 0, "chunks have no forward-mode derivative"),
+        (
+            eager and torch._C._are_functorch_transforms_active(),
+            "torch.func does not reach through chunks, so give cross_attention their concatenation",
+        ),
         (backend == "reference", "backend='reference' has no chunks"),
         (isinstance(scale, Tensor), "scale must be a number, so multiply q by a learnable one"),
         (
@@ -64,8 +83,10 @@ def cross_attention_chunked(
         raise NotImplementedError(f"cross_attention_chunked cannot serve this call: {why}")
     one_of("backend", backend, (None, *BACKENDS))
     (cast_q,) = autocast(q)
-    settings = Settings(mask, scale, softcap, dropout_p, backend, cast=cast_q is not q)
+    settings = Settings(mask, scale, softcap, dropout_p, backend)
     seed = draw_seed(q.device, generator) if dropout_p else None
+    # no chunks are one without keys
+    chunks = chunks or [(cast_q.new_empty(1, *q.shape[1:2], 0, *q.shape[3:]),) * 2]
     o, lse, plan = _forward(cast_q.detach(), chunks, bias, seed, settings)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (cast_q, bias, *plan.inputs) if t is not None):
         o, lse = Chunked.apply(plan, o, lse, seed, cast_q, bias, *plan.inputs)
@@ -93,7 +114,6 @@ class Settings(NamedTuple):
     softcap: float | None
     dropout_p: float
     backend: str | None
-    cast: bool  # k and v to q's dtype, under autocast
 
 
 class Piece(NamedTuple):
@@ -118,30 +138,33 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Plan]:
     plan = Plan([], [], settings)
     state: tuple[Tensor, Tensor] | None = None
-    first = 0
-    for chunk in chunks:
-        k, v, ends = _evaluate(chunk)
-        piece = Piece(chunk, first, first + k.shape[2], tuple(_index(plan.inputs, t) for t, _ in ends))
-        plan.pieces.append(piece)
-        with torch.no_grad():
-            x, options, backend = _call(q, k, v, bias, seed, piece, settings)
-            o, _, lse, _, _ = forward_op(*x, *options, backend)
-            state = (o.to(lse.dtype), lse) if state is None else merge(*state, o.to(lse.dtype), lse)
-        first = piece.last
-    _check_widths(settings.mask, bias, first, q)
-    B, Hq, M, D = q.shape
-    if state is None:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        state = q.new_zeros(B, Hq, M, D), q.new_full((B, Hq, M), -torch.inf, dtype=wide)
-    o = state[0]
-    return q.new_empty(o.shape[0], M, Hq, o.shape[3]).transpose(1, 2).copy_(o), state[1], plan
+    first, sizes = 0, None
+    wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with _entered(_autocasts(q.device)) if any(map(callable, chunks)) else contextlib.nullcontext():
+        for i, chunk in enumerate(chunks):
+            k, v, ends = _evaluate(chunk, wanted)
+            if k.ndim != 4:
+                canonical(q, k, v)  # says so
+            piece = Piece(chunk, first, first + k.shape[2], tuple(_index(plan.inputs, t) for t, _ in ends))
+            plan.pieces.append(piece)
+            _check_widths(settings.mask, bias, piece.last, q, last=i == len(chunks) - 1)
+            with torch.no_grad():
+                x, options, backend = _call(q, k, v, bias, seed, piece, settings)
+                sizes = _check_sizes(i, x, sizes)
+                o, _, lse, _, _ = forward_op(*x, *options, backend)
+                state = (o.to(lse.dtype), lse) if state is None else merge(*state, o.to(lse.dtype), lse)
+            first = piece.last
+    assert state is not None, "there is at least one chunk"
+    o, lse = state
+    B, Hq, M, Dv = o.shape
+    return q.new_empty(B, M, Hq, Dv).transpose(1, 2).copy_(o), lse, plan
 
 
 def _call(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, piece: Piece, settings: Settings
 ) -> tuple[Inputs, Options, str]:
     """The canonical call of one chunk."""
-    k, v = (t.detach().to(q.dtype) if settings.cast else t.detach() for t in (k, v))
+    k, v = autocast(k.detach(), v.detach())
     mask = None if settings.mask is None else settings.mask.slice_keys(piece.first, piece.last)
     if bias is not None:
         bias = _columns(bias.detach(), piece)
@@ -149,73 +172,108 @@ def _call(
         q, k, v, mask, bias=bias, scale=settings.scale, softcap=settings.softcap, dropout_p=settings.dropout_p
     )
     backend = choose(x.kind, settings.backend)
-    # tensors expanded over the batch stay so: their gradients are summed by whoever expanded them
-    expanded = dict(q=q, k=k, v=v) if x.q.shape != q.shape or x.k.shape != k.shape else {}
     # chunks that nothing else tells apart are one call to the launcher
     first = piece.first if settings.dropout_p else 0
-    return x._replace(**expanded, seed=seed), options._replace(first_key=first, chunk=True), backend
+    return x._replace(seed=seed), options._replace(first_key=first, chunk=True), backend
 
 
 def _columns(bias: Tensor, piece: Piece) -> Tensor:
-    return bias[..., piece.first : piece.last] if bias.shape[-1] > 1 else bias
+    return bias[..., piece.first : piece.last] if bias.shape[-1:] not in ((), (1,)) else bias
 
 
-def _check_widths(mask: Mask | None, bias: Tensor | None, N: int, q: Tensor) -> None:
-    """Chunks see slices, so only here a mask or bias that is wider than all of them shows."""
+def _check_types(q: Tensor, mask: Mask | None, bias: Tensor | None) -> None:
+    for name, t in ("q", q), ("bias", bias):
+        if not isinstance(t, Tensor) and (name, t) != ("bias", None):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: {shapes(q=q)}")
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(
+            "mask must be a Mask, such as Mask.key_padding(keep) or Mask.groups(visible) of a tensor of bools, "
+            f"got {type(mask).__name__}: {shapes(q=q, mask=mask)}"
+        )
+
+
+def _check_widths(mask: Mask | None, bias: Tensor | None, N: int, q: Tensor, last: bool) -> None:
+    """Chunks see slices, so only here a mask or bias shows that is not as wide as all of them.
+
+    N: the keys so far; all, if it is the last chunk.
+    """
     widths = {"bias": (bias, N)}
     if mask is not None:
-        widths |= {"mask.keys": (mask.keys, N), "mask.visible": (mask.visible, -(-N // mask.key_group))}
+        widths |= {"mask.keys": (mask.keys, N), "mask.visible": (mask.visible, -(-N // max(1, mask.key_group)))}
     for name, (t, width) in widths.items():
-        if t is not None and t.shape[-1] not in (1, width):
-            raise ValueError(f"{name} must cover the {N} keys of all chunks, got {tuple(t.shape)}: {shapes(q=q)}")
+        if t is None or t.shape[-1:] in ((), (1,), (width,)) or (t.shape[-1] > width and not last):
+            continue
+        number = N if last else f"{N} or more"
+        raise ValueError(f"{name} must cover the {number} keys of all chunks, got {tuple(t.shape)}: {shapes(q=q)}")
+
+
+def _check_sizes(i: int, x: Inputs, first: dict[str, int] | None) -> dict[str, int]:
+    """The sizes of chunk i that those of the first must be."""
+    sizes = {"batch": x.sizes[0], "number of key heads": x.k.shape[1], "head size of v": x.v.shape[3]}
+    for name, size in sizes.items():
+        if first is not None and size != first[name]:
+            raise ValueError(
+                f"chunks must have one {name}, but that of chunks[0] is {first[name]} and that of chunks[{i}] {size}: "
+                f"{shapes(q=x.q, k=x.k, v=x.v)}"
+            )
+    return sizes
 
 
 class Chunked(torch.autograd.Function):
-    """(o, lse) as `_forward` found them, with the gradients of q, the bias and everything the chunks depend on."""
+    """(o, lse) as `_forward` found them, with the gradients of the rest: q, bias and what the chunks depend on."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        plan: Plan,
-        o: Tensor,
-        lse: Tensor,
-        seed: Tensor | None,
-        q: Tensor,
-        bias: Tensor | None,
-        *inputs: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.plan = plan
+    def forward(ctx: Any, plan: Plan, o: Tensor, lse: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.autocasts = plan, _autocasts(o.device)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(o, lse, seed, q, bias, *inputs)
+        ctx.save_for_backward(o, lse, *rest)
         return o.view_as(o), lse.view_as(lse)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        o, lse, seed, q, bias, *inputs = ctx.saved_tensors
-        need_q, need_bias, *need = ctx.needs_input_grad[4:]
+        grads = ChunkedBackward.apply(ctx.plan, ctx.autocasts, ctx.needs_input_grad[4:], do, dlse, *ctx.saved_tensors)
+        return (None, None, None, None, *grads)
+
+
+class ChunkedBackward(torch.autograd.Function):
+    """The gradients that `Chunked` hands on; a Function, so that a second derivative says why it does not work."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, autocasts: Autocasts, needed: Sequence[bool], *tensors: Any
+    ) -> tuple[Tensor | None, ...]:
+        do, dlse, o, lse, seed, q, bias, *inputs = tensors
+        need_q, need_bias, *need = needed
         do = torch.zeros_like(o) if do is None else do
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if need_q else None
         dbias = torch.zeros(bias.shape, dtype=lse.dtype, device=q.device) if need_bias else None
         grads: list[Tensor | None] = [None] * len(inputs)
         none = q.new_empty(0)
-        for piece in ctx.plan.pieces:
-            needed = any(need[i] for i in piece.inputs)
-            k, v, ends = _evaluate(piece.chunk)
-            x, options, backend = _call(q, k, v, bias, seed, piece, ctx.plan.settings)
-            wanted = [need_q, needed, needed, need_bias, False, False]
-            dq_part, dk, dv, dbias_part, _, _ = backward_op(
-                do, dlse, o, lse, none, none.bool(), wanted, *x, *options, backend
-            )
-            if dq is not None:
-                dq += dq_part
-            if dbias is not None:
-                _columns(dbias, piece).add_(dbias_part.sum_to_size(_columns(dbias, piece).shape))
-            if needed:
-                _carry(piece, (k, v), (dk, dv), [end for _, end in ends], grads)
+        with _entered(autocasts):
+            for piece in plan.pieces:
+                carried = any(need[i] for i in piece.inputs)
+                k, v, ends = _evaluate(piece.chunk)
+                x, options, backend = _call(q, k, v, bias, seed, piece, plan.settings)
+                wanted = [need_q, carried, carried, need_bias, False, False]
+                dq_part, dk, dv, dbias_part, _, _ = backward_op(
+                    do, dlse, o, lse, none, none.bool(), wanted, *x, *options, backend
+                )
+                if dq is not None:
+                    dq += dq_part
+                if dbias is not None:
+                    _columns(dbias, piece).add_(dbias_part.sum_to_size(_columns(dbias, piece).shape))
+                if carried:
+                    _carry(piece, (k, v), (dk, dv), [end for _, end in ends], grads)
         dq = None if dq is None else dq.to(q.dtype)
         dbias = None if dbias is None else dbias.to(bias.dtype)
-        return (None, None, None, None, dq, dbias, *grads)
+        return dq, dbias, *grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "cross_attention_chunked has no second derivative; use cross_attention with backend='reference' where a "
+            "gradient of a gradient is needed"
+        )
 
 
 def _carry(piece: Piece, pair: Pair, grads_of_pair: Pair, ends: list[Tensor], grads: list[Tensor | None]) -> None:
@@ -230,16 +288,46 @@ def _carry(piece: Piece, pair: Pair, grads_of_pair: Pair, ends: list[Tensor], gr
 # ---- what a chunk depends on ----
 
 
-def _evaluate(chunk: Chunk) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """(k, v, ends): ends are pairs of a tensor that wants a gradient and what stands for it in the graph of k and v."""
+def _evaluate(chunk: Chunk, wanted: bool = True) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """(k, v, ends): ends are pairs of a tensor that wants a gradient and what stands for it in the graph of k and v.
+
+    wanted: whether there will be gradients; if not, there are no ends, and a function builds no graph.
+    """
+    if not wanted:
+        return *_pair(chunk() if callable(chunk) else chunk), []
     if not callable(chunk):
-        k, v = chunk
-        return k, v, [(t, t) for t in (k, v) if t.requires_grad]
+        ends: list[tuple[Tensor, Tensor]] = []
+        # one tensor may be both, and v may have been computed from k: autograd adds that up outside
+        k, v = (_leaf(t, ends) for t in _pair(chunk))
+        return k, v, ends
     with torch.enable_grad():
         function, ends = _cut(chunk)
         start = torch.ones((), requires_grad=True).neg().grad_fn._sequence_nr()  # type: ignore[union-attr]
-        k, v = function()
+        k, v = _pair(function())
     return k, v, ends + [(t, t) for t in _leaves(k, v, start, {id(end) for _, end in ends})]
+
+
+def _pair(chunk: Any) -> Pair:
+    """(k, v) of a tuple, a list or a stacked tensor."""
+    parts = tuple(chunk) if isinstance(chunk, (tuple, list, Tensor)) else (chunk,)
+    if len(parts) == 2 and isinstance(parts[0], Tensor) and isinstance(parts[1], Tensor):
+        return parts
+    got = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in parts)
+    raise TypeError(f"a chunk must be a pair of tensors (k, v), or a callable that returns one, got ({got})")
+
+
+def _autocasts(device: torch.device) -> Autocasts:
+    """The state of autocast, for a backward that calls a function as the forward did."""
+    kinds = filter(torch.amp.is_autocast_available, {device.type, "cpu"})
+    return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
+
+
+def _entered(autocasts: Autocasts) -> contextlib.ExitStack:
+    with contextlib.ExitStack() as stack:
+        for kind, dtype, enabled in autocasts:
+            # a weight that an earlier chunk or another layer has cast would be a computation that this chunk captured
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+        return stack.pop_all()
 
 
 def _cut(chunk: Callable[[], Pair]) -> tuple[Callable[[], Pair], list[tuple[Tensor, Tensor]]]:
@@ -247,15 +335,17 @@ def _cut(chunk: Callable[[], Pair]) -> tuple[Callable[[], Pair], list[tuple[Tens
     if not isinstance(chunk, functools.partial):
         return chunk, []
     ends: list[tuple[Tensor, Tensor]] = []
-
-    def cut(t: Any) -> Any:
-        if not isinstance(t, Tensor) or not t.requires_grad:
-            return t
-        ends.append((t, t.detach().requires_grad_()))
-        return ends[-1][1]
-
-    args, keywords = tuple(map(cut, chunk.args)), {name: cut(t) for name, t in chunk.keywords.items()}
+    args = [_leaf(t, ends) for t in chunk.args]
+    keywords = {name: _leaf(t, ends) for name, t in chunk.keywords.items()}
     return functools.partial(chunk.func, *args, **keywords), ends
+
+
+def _leaf(t: Any, ends: list[tuple[Tensor, Tensor]]) -> Any:
+    """What stands for t in the chunk's own graph."""
+    if not isinstance(t, Tensor) or not t.requires_grad:
+        return t
+    ends.append((t, t.detach().requires_grad_()))
+    return ends[-1][1]
 
 
 def _leaves(k: Tensor, v: Tensor, start: int, known: set[int]) -> list[Tensor]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from crossattn_kernels import ops, reference, tiled, tuning
 from crossattn_kernels.masks import Mask
-from crossattn_kernels.problem import Inputs, Kind, Options, Problem, SharedBatch, canonical, is_expanded, one_of
+from crossattn_kernels.problem import Inputs, Kind, Options, Problem, canonical, one_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,7 +72,8 @@ def cross_attention(
     """tanh(gate) * softmax(softcap(scale * q kᵀ) + bias) v over the keys that each query may see.
 
     q: (B, Hq, M, D)   k: (B, Hk, N, D)   v: (B, Hk, N, Dv)      fp16, bf16 or fp32, one dtype, one device
-        Hq is a multiple of Hk.  A batch of 1, or an expanded one, broadcasts.  Under autocast all are cast first.
+        Hq is a multiple of Hk.  A batch of 1 broadcasts, and its gradient is one sum over all entries; an expanded one
+        is not copied, and has a gradient an entry.  Under autocast all are cast first.
     mask: a `Mask`, or a tensor with SDPA's meaning (bool: True may attend; float: added to the logits).
     bias: float, broadcastable to (B, Hq, M, N); added to the logits; differentiable.
     gate: raw gate of shape (), (Hq,), (Hq, Dv) or broadcastable to (B, Hq, M, Dv); differentiable.
@@ -210,6 +211,24 @@ def choose(kind: Kind, backend: str | None) -> str:
     return backend
 
 
+class CastOnce(torch.autograd.Function):
+    """A cast of a tensor that is expanded over its batch, and stays so: a plain one would write every copy."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor, dtype: torch.dtype) -> Tensor:
+        return t.narrow(0, 0, 1).to(dtype).expand_as(t)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, q, k and v take the autocast dtype, as SDPA's do; fp64 stays as it is there too."""
     # torch.compile of torch 2.11 can trace none of these questions but is_autocast_enabled
@@ -225,8 +244,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     def cast(t: Tensor) -> Tensor:
         if not isinstance(t, Tensor) or not t.dtype.is_floating_point or t.dtype in (dtype, torch.float64):
             return t
-        # a cast of an expanded batch would write every copy
-        return SharedBatch.apply(t).to(dtype).expand_as(t) if is_expanded(t) else t.to(dtype)
+        expanded = t.ndim > 0 and t.shape[0] > 1 and t.stride(0) == 0
+        return CastOnce.apply(t, dtype) if expanded else t.to(dtype)
 
     return tuple(cast(t) for t in tensors)
 

@@ -171,7 +171,7 @@ class Mask:
         return Mask(
             start=None if self.start is None else as_range(self.start).clamp(min=0) - first,
             end=None if self.end is None else as_range(self.end).clamp(min=0) - first,
-            keys=None if self.keys is None else self.keys[..., first:last],
+            keys=self.keys if self.keys is None or self.keys.shape[-1:] == (1,) else self.keys[..., first:last],
             visible=visible,
             query_group=self.query_group,
             key_group=group,

@@ -82,23 +82,9 @@ def _forward(x: Inputs, options: Options, backend: str) -> tuple[Tensor, ...]:
 
 
 @torch.library.impl(LIBRARY, "backward", "CompositeExplicitAutograd")
-def backward_op(
-    dy: Tensor,
-    dlse: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    state: Tensor,
-    free: Tensor,
-    wanted: Sequence[bool],
-    *call: Any,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, bias, gate and scale; an empty tensor for one that is not wanted.
-
-    Those of q, k and v are laid out as y, (B, sequence, H, D), as projections take them; the others are contiguous.
-    o: the forward's o, or its y where that o is empty.
-    """
-    found = _gradients(dy, dlse, o, lse, state, free, wanted, *call)
-    return tuple([call[0].new_empty(0) if grad is None else grad for grad in found])
+def backward_op(*args: Any) -> tuple[Tensor, ...]:
+    """`_gradients`, with an empty tensor for one that is not wanted."""
+    return tuple([args[-NUM_CALL].new_empty(0) if grad is None else grad for grad in _gradients(*args)])
 
 
 def _gradients(
@@ -111,7 +97,11 @@ def _gradients(
     wanted: Sequence[bool],
     *call: Any,
 ) -> Gradients:
-    """What `backward_op` returns, with None for one that is not wanted."""
+    """Gradients of q, k, v, bias, gate and scale; None for one that is not wanted.
+
+    Those of q, k and v are laid out as y, (B, sequence, H, D), as projections take them; the others are contiguous.
+    o: the forward's o, or its y where that o is empty.
+    """
     x, options, backend = _unpack(call)
     filled = free if _keeps_free(x, options) else None
     with _no_autocast(x):

@@ -86,7 +86,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     masked: bool = False
-    biased: bool = False
+    bias_varies: tuple[bool, ...] | None = None  # along B, Hq, M and N; None without a bias
     plain: bool = True  # nothing but q, k, v, a number as scale and ranges
     sifts: bool = False  # an entry inside the range of its query may be hidden or changed
     extras: int = 0  # how many of: ranges, keys, visible, bias, gate, scales of heads, softcap, dropout, empty rows
@@ -108,7 +108,7 @@ class Problem(NamedTuple):
         return Problem(
             B, Hq, Hk, M, N, D, x.v.shape[3], x.q.dtype, x.q.device,
             masked=ranged or not x.keys is x.visible is None,
-            biased=x.bias is not None,
+            bias_varies=None if x.bias is None else tuple(n > 1 for n in x.bias.shape),
             plain=not sifted and x.gate is x.scale is None and not any(changed),
             sifts=sifted or options.empty_rows == "uniform",
             extras=ranged + sum(changed) + sum(t is not None for t in (x.keys, x.visible, x.bias, x.gate, x.scale)),
@@ -120,6 +120,10 @@ class Problem(NamedTuple):
             chunk=options.chunk,
             aligned=all(_rows_aligned(t) for t in (x.q, x.k, x.v)),
         )  # fmt: skip
+
+    @property
+    def biased(self) -> bool:
+        return self.bias_varies is not None
 
     @property
     def group(self) -> int:
@@ -168,7 +172,7 @@ def canonical(
     """
     _check_tensors(q, k, v)
     given = dict(q=q, k=k, v=v)  # what an error message shows
-    shared = Inputs(*map(_unit_last_stride, _shared_batch(q, k, v)))
+    shared = Inputs(*map(_unit_last_stride, (q, k, v)))
     B, Hq, M, N = shared.sizes
     bias = None if bias is None else _fit("bias", _typed("bias", bias, "floats", **given), (B, Hq, M, N), **given)
     if isinstance(mask, Tensor):
@@ -245,15 +249,6 @@ def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     )  # fmt: skip
 
 
-def _shared_batch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An expanded batch (stride 0) becomes one entry that all share, on one side: the other keeps the batch size."""
-    if is_expanded(q) and k.shape[0] > 1 and not (is_expanded(k) and is_expanded(v)):
-        return SharedBatch.apply(q), k, v
-    if is_expanded(k) and is_expanded(v) and q.shape[0] > 1:
-        return q, SharedBatch.apply(k), SharedBatch.apply(v)
-    return q, k, v
-
-
 def _unit_last_stride(t: Tensor) -> Tensor:
     """A tensor whose rows do not lie together is copied here, once for forward and backward; any other stays."""
     return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
@@ -261,28 +256,6 @@ def _unit_last_stride(t: Tensor) -> Tensor:
 
 def is_expanded(t: Tensor) -> bool:
     return t.ndim > 0 and t.shape[0] > 1 and t.stride(0) == 0
-
-
-class SharedBatch(torch.autograd.Function):
-    """t[:1] of a tensor expanded over its batch.
-
-    Its gradient is the sum spread evenly as a stride-0 view: whoever expanded the tensor sums it, and no copy per batch
-    entry is ever made.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(t: Tensor) -> Tensor:
-        return t.narrow(0, 0, 1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.batch = inputs[0].shape[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return (grad / ctx.batch).expand(ctx.batch, *grad.shape[1:])
 
 
 def fits(size: int, full: int) -> bool:

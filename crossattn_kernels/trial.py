@@ -134,10 +134,8 @@ def launched(kernel: str, config: Config, problem: Problem, chip: Chip) -> Confi
     """What `plan` makes of a configuration: tiles no larger than the problem, and the splits of the rule."""
     if kernel == "short_queries":
         return rules.all_queries(config, problem, chip)
-    config = rules.fitted(config, problem)
-    if kernel == "forward":
-        return rules.split_keys(config, problem, chip)
-    return rules.split_queries(config, problem, chip) if kernel in ("dkv", "short_keys") else config
+    split = {"forward": rules.split_keys, "dq": rules.split_dq, "bias_grad": rules.split_terms}
+    return split.get(kernel, rules.split_queries)(rules.fitted(config, problem), problem, chip)
 
 
 # ---- one configuration ----

@@ -32,7 +32,6 @@ MAY_IMPORT = {
     "ops": {"tiled", "problem"},
     "functional": {"ops", "problem", "masks", "tiled", "reference", "tuning"},
     "chunked": DOOR,
-    "distributed": DOOR,
     "maps": DOOR | {"reference"},
     "layers": DOOR | {"maps"},
     "integrations": DOOR | {"layers", "maps"},
@@ -213,8 +212,8 @@ def test_kernels_are_launched_in_one_place(name):
     """By a Launcher, which knows how each is launched and says whether products may be fused with sums."""
     kernel = name.partition(".")[2]
     users = [node for module in KERNEL_FILES for node in calls(module) if any(_names(a, kernel) for a in node.args)]
-    # Backward.run adds what all its kernels take and launches
-    assert users and all(ast.unparse(node.func).rpartition(".")[2] in ("launch", "run") for node in users)
+    # Backward.run_kernel adds what all its kernels take and launches
+    assert users and all(ast.unparse(node.func).rpartition(".")[2] in ("launch", "run_kernel") for node in users)
     assert f'"{kernel}"' in FILES["kernels.launch"].read_text()
     assert "enable_fp_fusion" in [word.arg for node in calls("kernels.launch") for word in node.keywords]
 

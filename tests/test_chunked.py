@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from crossattn_kernels import Mask, cross_attention, cross_attention_chunked
 from crossattn_kernels.chunked import merge
@@ -48,6 +49,9 @@ def results(o, lse, do, dlse, q, rest, *kv):
 CASES = {
     "plain": lambda N: {},
     "bias": lambda N: dict(bias=torch.randn(1, 4, 11, N)),
+    "scalar bias, one bit for all keys": lambda N: dict(
+        bias=torch.randn(()), mask=Mask(keys=torch.tensor([[True], [False]]))
+    ),
     "key bias, gate": lambda N: dict(bias=torch.randn(2, 1, 1, N), gate=torch.randn(4)),
     "channel gate, softcap": lambda N: dict(gate=torch.randn(4, 24), softcap=2.0),
     "dropout": lambda N: dict(dropout_p=0.3),
@@ -129,6 +133,23 @@ def test_callables_give_every_gradient(captured):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("of_keys", [lambda k: k, torch.sin], ids=["are", "come from"])
+def test_values_that_are_or_come_from_the_keys(of_keys, called):
+    """What v owes to k is counted once."""
+    x = torch.randn(1, 2, 7, 16, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(16, dtype=torch.float64, requires_grad=True)
+    q = torch.randn(1, 4, 5, 16, dtype=torch.float64)
+
+    def pair(x):
+        k = x * w
+        return k, of_keys(k)
+
+    chunks = [functools.partial(pair, t) if called else pair(t) for t in x.split(4, 2)]
+    got = grads_of(cross_attention_chunked(q, chunks).square().sum(), [x, w])
+    torch.testing.assert_close(got, grads_of(cross_attention(q, *pair(x)).square().sum(), [x, w]))
+
+
 def test_callables_are_called_again_one_at_a_time():
     """k and v of one chunk alone are alive: forward and backward."""
     import weakref
@@ -156,6 +177,47 @@ def test_captured_result_of_a_computation_is_refused():
     project = Project()
     with pytest.raises(ValueError, match="functools.partial"):
         cross_attention_chunked(torch.randn(1, 2, 3, 16), [lambda: project(x)])
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("first", ["q", "k", "v", "bias", "w"])
+def test_double_backward_raises(first, called):
+    """A second derivative is an error, never a silent None; what has create_graph=True for another reason works."""
+    shapes = dict(q=(1, 2, 3, 16), k=(1, 2, 5, 16), v=(1, 2, 5, 16), bias=(3, 5), gate=(), w=(16,))
+    t = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
+
+    def pair(k, v):
+        return k * t["w"], v * t["w"]
+
+    chunk = functools.partial(pair, t["k"], t["v"]) if called else pair(t["k"], t["v"])
+    loss = cross_attention_chunked(t["q"], [chunk], bias=t["bias"], gate=t["gate"]).sum()
+    (g,) = torch.autograd.grad(loss, t[first], create_graph=True)
+    assert torch.equal(g, grads_of(loss, t[first])[0])
+    for second in t.values():
+        with pytest.raises(NotImplementedError, match="cross_attention_chunked has no second derivative"):
+            torch.autograd.grad(g.sum(), second, allow_unused=True, retain_graph=True)
+
+
+def test_double_backward_that_gives_one_gradient_to_two():
+    """k = a + b hands on one tensor twice, and still both know that they have no second derivative."""
+    a, b = (torch.randn(1, 2, 5, 16, requires_grad=True) for _ in range(2))
+    q = torch.randn(1, 2, 3, 16)
+    chunk = functools.partial(lambda a, b: (a + b, torch.ones(1, 2, 5, 16)), a, b)
+    for g in torch.autograd.grad(cross_attention_chunked(q, [chunk]).sum(), [a, b], create_graph=True):
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            torch.autograd.grad(g.sum(), a, retain_graph=True)
+
+
+def test_the_gate_has_second_derivatives():
+    """It is applied outside, by PyTorch: its gradient may be differentiated once more."""
+    q, pairs = inputs((5, 6), torch.float64)
+    q, gate = q.requires_grad_(), torch.randn(4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.cat(pieces, 2) for pieces in zip(*pairs))
+    seconds = []
+    for o in (cross_attention_chunked(q, pairs, gate=gate), cross_attention(q, k, v, gate=gate, backend="reference")):
+        (g,) = torch.autograd.grad(o.square().sum(), gate, create_graph=True)
+        seconds.append(torch.autograd.grad(g.square().sum(), [q, gate]))
+    torch.testing.assert_close(*seconds)
 
 
 def test_no_chunks_and_empty_chunks():
@@ -201,11 +263,115 @@ def test_autocast():
     assert o.dtype == torch.bfloat16 and q.grad.dtype == k.grad.dtype == torch.float32
 
 
+def test_autocast_of_chunks_beside_a_projected_q():
+    """k and v are cast for themselves: q may have the dtype of autocast before."""
+    q, pairs = inputs((5, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        o = cross_attention_chunked(q.bfloat16(), pairs)
+    assert torch.equal(o, cross_attention_chunked(q.bfloat16(), [(k.bfloat16(), v.bfloat16()) for k, v in pairs]))
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_compile_leaves_the_call_to_python(called):
+    """One graph before it and one after it, with the gradients of the call."""
+    from torch._dynamo.testing import CompileCounter
+
+    q, pairs = inputs((5, 6))
+    tensors = [q.requires_grad_(), *(t.requires_grad_() for t in pairs[0])]
+
+    def f(q, k, v):
+        return cross_attention_chunked(q.sin(), [(lambda: (k, v)) if called else (k, v), pairs[1]]).cos()
+
+    torch.compiler.reset()
+    compiled = torch.compile(f, backend=(counter := CompileCounter()))
+    for _ in range(2):
+        got, want = compiled(*tensors), f(*tensors)
+        assert torch.equal(got, want) and counter.frame_count == 2
+        assert all(map(torch.equal, grads_of(got.sum(), tensors), grads_of(want.sum(), tensors)))
+
+
+def test_compile_without_gradients_is_one_graph():
+    q, pairs = inputs((5, 6))
+    mask, bias, gate = keep(1, 11), torch.randn(11), torch.randn(4)
+
+    def f(q, mask):
+        return cross_attention_chunked(q.sin(), pairs, mask=mask, bias=bias, gate=gate).cos()
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(f, backend="eager", fullgraph=True)(q, mask), f(q, mask))
+
+
+def half(enabled=True, **options):
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled, **options)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_functions_share_a_weight_under_autocast(inside):
+    """The cache of autocast is not a captured computation, and a backward calls as the forward did, wherever it is."""
+    torch.manual_seed(0)
+    project, q = Project(), torch.randn(2, 4, 5, 16, requires_grad=True)
+    context, dtypes = torch.randn(2, 20, 6, requires_grad=True), []
+    sources, pieces = [q, context, *project.parameters()], context.split(10, 1)
+
+    def noted(x):
+        k, v = project(x)
+        dtypes.append(k.dtype)
+        return k, v
+
+    with half(inside, cache_enabled=True):
+        project(context)  # fills the cache
+        o = cross_attention_chunked(q, [functools.partial(noted, x) for x in pieces])
+    with half(not inside):
+        got = grads_of(o.float().square().sum(), sources)
+    assert dtypes == 4 * [torch.bfloat16 if inside else torch.float32]
+    with half(inside, cache_enabled=False):
+        want = cross_attention_chunked(q, [project(x) for x in pieces])
+    assert torch.equal(o, want)
+    for a, b in zip(got, grads_of(want.float().square().sum(), sources)):
+        assert torch.equal(a, b)
+
+
+def test_functions_share_a_weight_under_autocast_without_gradients():
+    project, q = Project(), torch.randn(2, 4, 5, 16)
+    chunks = [functools.partial(project, x) for x in torch.randn(2, 20, 6).split(10, 1)]
+    with half():
+        want = cross_attention_chunked(q, chunks)
+        with torch.no_grad():
+            assert torch.equal(cross_attention_chunked(q, chunks), want)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_functions_where_nobody_wants_a_gradient(mode):
+    """They are called as they are: no graph, and what they captured does not matter."""
+    x = torch.randn(2, 10, 6, requires_grad=True).sin()
+    project, q = Project(), torch.randn(2, 4, 5, 16)
+
+    def chunk():
+        k, v = project(x)
+        assert not k.requires_grad
+        return k, v
+
+    with mode():
+        assert torch.equal(cross_attention_chunked(q, [chunk]), cross_attention_chunked(q, [project(x)]))
+
+
+def keep(*shape):
+    return Mask.key_padding(torch.ones(shape, dtype=torch.bool))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (dict(bias=torch.zeros(1, 1, 1, 13)), ValueError, "bias"),
-        (dict(mask=Mask(keys=torch.ones(1, 12, dtype=torch.bool))), ValueError, "mask.keys"),
+        (dict(bias=torch.zeros(1, 1, 1, 13)), ValueError, "bias must cover the 11 keys of all chunks"),
+        (dict(bias=torch.zeros(11, 4)), ValueError, "bias must cover the 5 or more keys of all chunks"),
+        (dict(bias=1.0), TypeError, "bias must be a tensor, got float"),
+        (dict(mask=keep(1, 12)), ValueError, "mask.keys must cover the 11 keys"),
+        (dict(mask=keep(2, 10)), ValueError, r"mask.keys must cover the 11 keys of all chunks, got \(2, 10\)"),
+        (dict(mask=keep(2, 3)), ValueError, r"mask.keys must cover the 5 or more keys of all chunks, got \(2, 3\)"),
+        (dict(mask=Mask.groups(torch.ones(11, 2) > 0, 1, 4)), ValueError, "mask.visible must cover the 11 keys"),
+        (dict(mask=torch.ones(2, 11) > 0), TypeError, r"must be a Mask.*key_padding.*got Tensor.*mask is \(2, 11\)"),
+        (dict(mask="lengths"), TypeError, "mask must be a Mask.*got str"),
         (dict(scale=torch.ones(())), NotImplementedError, "multiply q"),
         (dict(backend="reference"), NotImplementedError, "no chunks"),
         (dict(backend="fast"), ValueError, "backend"),
@@ -220,3 +386,79 @@ def test_bad_input(change, error, words):
     q, pairs = inputs((5, 6))
     with pytest.raises(error, match=words):
         cross_attention_chunked(q, pairs, **change)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (dict(dropout_p=2.0), ValueError),
+        (dict(softcap=-2.0), ValueError),
+        (dict(scale="x"), TypeError),
+        (dict(bias=torch.zeros(1, 1, 1, 2)), ValueError),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_no_chunks_excuse_no_argument(options, error):
+    with pytest.raises(error, match=f"{next(iter(options))} must"):
+        cross_attention_chunked(torch.randn(2, 4, 3, 8), [], **options)
+
+
+@pytest.mark.parametrize("q", [None, torch.zeros(4, 3, 8)], ids=["none", "3 dimensions"])
+@pytest.mark.parametrize("chunks", [[], [2 * (torch.zeros(1, 4, 5, 8),)]], ids=len)
+def test_bad_q(q, chunks):
+    with pytest.raises((TypeError, ValueError), match="q must"):
+        cross_attention_chunked(q, chunks)
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize(
+    ("k", "v", "words"),
+    [
+        ((2, 2, 6, 16), (2, 2, 6, 20), r"one head size of v.*chunks\[0\] is 24 and that of chunks\[1\] 20: q .*"),
+        ((2, 1, 6, 16), (2, 1, 6, 24), r"one number of key heads.*chunks\[0\] is 2 and that of chunks\[1\] 1: q .*"),
+        ((2, 2, 6, 15), (2, 2, 6, 24), "last size of `k`"),
+        ((3, 2, 6, 16), (3, 2, 6, 24), "batch of `k`"),
+        ((2, 6, 16), (2, 6, 24), "k must have 4 dimensions"),
+        ((), (2, 2, 6, 24), "k must have 4 dimensions"),
+    ],
+    ids=lambda v: str(v) if isinstance(v, tuple) else "",
+)
+def test_chunks_that_do_not_fit(k, v, words, called):
+    q, pairs = inputs((5,))
+    pair = torch.zeros(k), torch.zeros(v)
+    with pytest.raises(ValueError, match=words):
+        cross_attention_chunked(q, [*pairs, (lambda: pair) if called else pair])
+
+
+def test_chunks_of_one_batch():
+    """Where q is shared by all, the chunks say how many there are; a chunk that all share is welcome elsewhere."""
+    q, pairs = inputs((5, 6))
+    shared = pairs[0], tuple(t[:1] for t in pairs[1])
+    with pytest.raises(ValueError, match="one batch"):
+        cross_attention_chunked(q[:1], shared)
+    k, v = (torch.cat((a, b.expand(2, -1, -1, -1)), 2) for a, b in zip(*shared))
+    torch.testing.assert_close(cross_attention_chunked(q, shared), cross_attention(q, k, v))
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("chunk", [5, None, "kv", (torch.zeros(1),), [torch.zeros(2), None]], ids=repr)
+def test_what_is_not_a_pair(chunk, called):
+    with pytest.raises(TypeError, match=r"a chunk must be a pair of tensors \(k, v\), .* got \("):
+        cross_attention_chunked(torch.zeros(1, 2, 3, 8), [(lambda: chunk) if called else chunk])
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_forward_mode_raises(called):
+    """Nor is a tangent lost without a word, which a function may have captured."""
+    q, (pair,) = inputs((5,))
+    with forward_ad.dual_level():
+        dual = tuple(forward_ad.make_dual(t, t) for t in pair)
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="forward-mode"):
+            cross_attention_chunked(q, [(lambda: dual) if called else dual])
+
+
+def test_transforms_of_torch_func():
+    q, pairs = inputs((5, 6))
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(NotImplementedError, match="cross_attention_chunked cannot serve.*torch.func"):
+            transform(lambda q: cross_attention_chunked(q, pairs).sum())(q)

@@ -101,6 +101,12 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("file", ["README.md", "mkdocs.yml", "docs/index.md"])
+def test_every_page_is_listed(file):
+    listed = (ROOT / file).read_text()
+    assert not [page.name for page in DOCS if page.name != "index.md" and page.name not in listed]
+
+
 def test_the_readme_names_every_argument_and_every_public_name():
     text = (ROOT / "README.md").read_text()
     arguments = list(inspect.signature(crossattn_kernels.cross_attention).parameters)[3:]

@@ -1,17 +1,20 @@
 """What the battery cannot see: hidden NaN, tile sizes, grids, offsets, reproducibility, the kernels' own functions."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 
 from crossattn_kernels import Mask, cross_attention, cross_attention_chunked, dropout, kernels, tuning
 from crossattn_kernels.kernels import launch
 from crossattn_kernels.kernels.softmax import kept, tanh
 from crossattn_kernels.kernels.views import Dropout, Logits, MaskView, View
+from crossattn_kernels.problem import canonical
 from crossattn_kernels.testing import FEATURES, PLAIN, assert_within_budget, check, compare, draw, poisoned, run, worst
 from crossattn_kernels.tuning import Config
 
@@ -246,6 +249,29 @@ def test_ranges_may_reach_beyond_the_keys(backend, dtype):
         chunks = [(k[:, :, :20], v[:, :, :20]), (k[:, :, 20:], v[:, :, 20:])]
         chunked = cross_attention_chunked(call.tensors["q"], chunks, mask=backwards, backend=backend)
         torch.testing.assert_close(chunked, y)
+
+
+@pytest.mark.parametrize("fits", [2, 1, 0])
+def test_a_pipeline_that_needs_too_much_shared_memory_is_shortened(monkeypatch, fits):
+    tried = []
+
+    class Kernel:
+        __name__ = "forward_kernel"
+
+        def __getitem__(self, grid):
+            def launched(*args, num_stages, **options):
+                tried.append((num_stages, int(args[-1].EDGE_STAGES)))
+                if num_stages > fits:
+                    raise OutOfResources(300_000, 232_448, "shared memory")
+
+            return launched
+
+    x, options = canonical(
+        *(torch.zeros(1, 1, 64, 16) for _ in range(3)), Mask(keys=torch.ones(1, 64, dtype=torch.bool))
+    )
+    with tuning.force(forward=Config(16, 16, 4, 3)), pytest.raises(OutOfResources) if not fits else nullcontext():
+        launch.Launcher.of(x, options)(Kernel(), lambda q: (1, q), x.q)
+    assert tried == [(stages, stages) for stages in range(3, max(fits, 1) - 1, -1)]
 
 
 def test_grids_are_one_dimensional(monkeypatch):

@@ -293,36 +293,26 @@ def test_batch_sizes(q, k, expected):
 # ---- shared batches ----
 
 
-@pytest.mark.parametrize(
-    ("expanded", "entries"),
-    [("", (B, B)), ("q", (1, B)), ("kv", (B, 1)), ("k", (B, B)), ("v", (B, B)), ("qkv", (B, 1))],
-    ids=lambda x: x or "none" if isinstance(x, str) else "",
-)
-def test_stride_0_batches_become_one_entry(expanded, entries):
-    """On one side only, so that the other says how many there are; k and v only together."""
-    tensors = {n: zeros(1, *t.shape[1:]).expand_as(t) if n in expanded else t for n, t in call().items()}
-    x, _ = canonical(**tensors)
-    assert (x.q.shape[0], x.k.shape[0]) == entries and x.k.shape[0] == x.v.shape[0]
-    assert x.sizes[0] == B
-
-
-@pytest.mark.parametrize("expanded", ["q", "kv", "qkv"])
+@pytest.mark.parametrize("expanded", ["q", "k", "kv", "qkv"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_gradient_of_a_stride_0_batch_is_summed_without_copies(backend, expanded):
+def test_an_expanded_batch_has_a_gradient_an_entry_and_its_base_their_sum(backend, expanded):
+    """As with a copy of each entry, to whoever looks at the gradient in between."""
     g = torch.Generator().manual_seed(0)
-    base = {
-        n: torch.randn(1 if n in expanded else 3, *t.shape[1:], generator=g, dtype=torch.float64, requires_grad=True)
-        for n, t in call().items()
-    }
-    shared = {n: t.expand(3, -1, -1, -1) for n, t in base.items()}
+    base = {n: torch.randn(1, *t.shape[1:], generator=g, dtype=torch.float64) for n, t in call().items()}
+    views = {n: t.requires_grad_().expand(3, -1, -1, -1) for n, t in base.items()}
+    tensors = {n: t if n in expanded else t.contiguous() for n, t in views.items()}
     dy = torch.randn(3, HQ, M, DV, generator=g, dtype=torch.float64)
-    grads = torch.autograd.grad(cross_attention(**shared, backend=backend), list(base.values()), dy)
-    copies = {n: t.contiguous() for n, t in shared.items()}
-    expected = torch.autograd.grad(cross_attention(**copies, backend=backend), list(base.values()), dy)
-    torch.testing.assert_close(grads, expected)
-    if expanded != "qkv":  # where both sides are shared, q keeps its entries
-        middle = torch.autograd.grad(cross_attention(**shared, backend=backend), [shared[n] for n in expanded], dy)
-        assert all(t.stride(0) == 0 for t in middle)
+    found = torch.autograd.grad(cross_attention(**tensors, backend=backend), [*tensors.values(), *base.values()], dy)
+    copies = {n: t.contiguous() for n, t in views.items()}
+    y = cross_attention(**copies, backend="reference")
+    torch.testing.assert_close(found, torch.autograd.grad(y, [*copies.values(), *base.values()], dy))
+
+
+def test_an_expanded_batch_is_not_copied():
+    tensors = {n: t[:1].expand(3, -1, -1, -1) for n, t in call().items()}
+    x, _ = canonical(**tensors)
+    assert [t.data_ptr() for t in x[:3]] == [t.data_ptr() for t in tensors.values()]
+    assert all(t.stride(0) == 0 for t in x[:3])
 
 
 # ---- costs ----
@@ -352,8 +342,8 @@ def test_problem_of_a_call():
     x, options = canonical(**call(mask=flags(M, N), bias=zeros(N), q=zeros(1, HQ, M, D)))
     expected = Problem(
         B, HQ, HK, M, N, D, DV, torch.float32, torch.device("cpu"),
-        masked=True, biased=True, plain=False, sifts=True, extras=2, pairwise=True, scattered=True, shares_q=True,
-        aligned=False,
+        masked=True, bias_varies=(False, False, False, True), plain=False, sifts=True, extras=2, pairwise=True,
+        scattered=True, shares_q=True, aligned=False,
     )  # fmt: skip
     assert Problem.of(x, options) == expected and expected.group == 2
     assert Problem.of(Inputs(x.q, x.k, x.v), options).masked is False

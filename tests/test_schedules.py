@@ -22,8 +22,14 @@ SCHEDULES = {
     "short keys": dict(
         forward=TILE._replace(splits=2), backward_schedule="short keys", dkv=Config(16, 64, 4, 1, splits=2)
     ),
-    # heads packed, keys not split; queries of dk and dv split in three
-    "two-pass": dict(forward=TILE._replace(packed=True), backward_schedule="two-pass", dkv=TILE._replace(splits=3)),
+    # heads packed, keys not split; keys of dq split in two, queries of dk and dv and terms of the bias in three
+    "two-pass": dict(
+        forward=TILE._replace(packed=True),
+        backward_schedule="two-pass",
+        dq=TILE._replace(splits=2),
+        dkv=TILE._replace(splits=3),
+        bias_grad=TILE._replace(splits=3),
+    ),
     "descriptors": dict(forward=TILE._replace(descriptors=True), backward_schedule="two-pass"),
 }
 REFUSES = {"short keys": "one batch entry of q", "short queries": "one batch entry of k and v"}

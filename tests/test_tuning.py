@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from crossattn_kernels import tuning
+from crossattn_kernels import kernels, tuning
 from crossattn_kernels.kernels import launch
 from crossattn_kernels.kernels.backward import Backward
 from crossattn_kernels.problem import Inputs, Options, Problem
@@ -75,9 +75,9 @@ def backward_programs(monkeypatch, sizes):
     B, Hq, Hk, M, N, D = sizes
     q, k = (torch.empty(B, S, H, D, dtype=torch.bfloat16, device="meta").transpose(1, 2) for H, S in ((Hq, M), (Hk, N)))
     lse, state = q.new_empty(B, Hq, M, dtype=torch.float32), q.new_empty(B, 2, Hq, M, dtype=torch.float32)
-    run = Backward(q, None, Inputs(q, k, k), Options(), q, lse, state, None, Gradients(*[True] * 3, *[False] * 3))
-    run.gradients()
-    return seen, run.launch.plan
+    backward = Backward(q, None, Inputs(q, k, k), Options(), q, lse, state, None, Gradients(*[True] * 3, *[False] * 3))
+    kernels.gradients(backward)
+    return seen, backward.launch.plan
 
 
 def test_the_backward_of_short_keys_fills_the_chip(monkeypatch):
@@ -120,6 +120,46 @@ def test_tiles_of_keys_that_leave_most_of_a_last_wave_idle_are_split():
     assert tuning.plan(problem(4 * B, Hq - 7, Hk - 7, M, N, D)).dkv.splits == 1  # four full waves
 
 
+@pytest.mark.parametrize(
+    ("sizes", "splits"),
+    [((1, 8, 8, 1024, 4096, 64), 4), ((1, 1, 1, 4096, 4096, 64), 7), ((2, 8, 8, 100, 1050, 32), 1)],
+)
+def test_a_share_of_the_forward_is_long_beside_its_partial_result(sizes, splits):
+    """64 and 32 tiles of queries fill the chip by shares of 16 and 10 steps; 17 steps are not worth two partials."""
+    assert tuning.plan(problem(*sizes)).forward.splits == splits
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 8, 8, 100, 16384, 32), (1, 8, 8, 512, 50176, 64), (1, 32, 8, 64, 6404, 128)],
+    ids=["Mask2Former", "Perceiver IO", "Mllama"],
+)
+def test_few_queries_with_many_keys_fill_the_chip_with_dq_too(sizes):
+    """Tiles of queries alone would be 16 or 32 programs."""
+    plan, (B, Hq, _, M, N, _) = tuning.plan(problem(*sizes)), sizes
+    assert plan.backward_schedule == "two-pass"
+    assert 250 < -(-M // plan.dq.BLOCK_M) * B * Hq * plan.dq.splits <= 264
+    assert N / plan.dq.BLOCK_N / plan.dq.splits > 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "varies", "least"),
+    [
+        ((4096, 6, 6, 49, 49, 64), (False, True, True, True), 250),  # Swin's windows: 6 tiles
+        ((32, 10, 10, 4096, 77, 64), (False, False, False, True), 640),  # a key bias has programs a (b, h)
+        ((2, 8, 8, 4096, 4096, 64), (False, True, True, True), 8 * 64 * 32),
+    ],
+)
+def test_programs_of_the_bias_gradient(sizes, varies, least):
+    """As many as the sums over batch, heads and rows leave, with shares of the terms where these are few."""
+    config, (B, Hq, _, M, N, _) = tuning.plan(problem(*sizes)._replace(bias_varies=varies)).bias_grad, sizes
+    dense = varies[2] and varies[3]
+    lead = (B if varies[0] or not dense else 1) * (Hq if varies[1] or not dense else 1)
+    rows, columns = (-(-n // tile) if along else 1 for n, tile, along in zip((M, N), config, varies[2:]))
+    programs = lead * rows * columns
+    assert programs * config.splits >= least and (config.splits == 1) is (programs >= 132)
+
+
 def test_splits_follow_the_number_of_multiprocessors():
     few, many = (tuning.Chip("sm_90", n, 232_448) for n in (30, 132))
     sizes = problem(1, 16, 16, 64, 65536, 64)
@@ -130,7 +170,7 @@ def test_splits_follow_the_number_of_multiprocessors():
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("biased", [False, True])
 def test_what_a_plan_chooses_can_be_forced(arch, D, biased):
-    sizes = problem(2, 8, 4, 4096, 4096, D)._replace(biased=biased)
+    sizes = problem(2, 8, 4, 4096, 4096, D)._replace(bias_varies=(False, True, True, True) if biased else None)
     with tuning.assumed(arch):
         chosen = tuning.plan(sizes)
         changes = {name: getattr(chosen, name) for name in ("forward", "dq", "dkv", "bias_grad")}

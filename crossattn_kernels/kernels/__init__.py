@@ -41,18 +41,27 @@ def backward(
     if not math.prod(x.sizes):
         return Gradients(*(torch.zeros_like(getattr(x, n)) if w else None for n, w in zip(Gradients._fields, wanted)))
     with _current(x.q.device):
-        return _backward(Backward(dy, dlse, x, options, o, lse, state, free, wanted))
+        return gradients(Backward(dy, dlse, x, options, o, lse, state, free, wanted))
 
 
-def _backward(run: Backward) -> Gradients:
-    x, wanted = run.x, run.wanted
-    by_queries, by_keys = (wanted.q or wanted.scale or wanted.gate), (wanted.k or wanted.v)
-    few = run.launch.plan.backward_schedule == "short queries" and by_queries and by_keys
-    found = short_queries(run) if few else run.gradients()
+def gradients(backward: Backward) -> Gradients:
+    """Those that are wanted, by the schedule of the plan if both sides want some."""
+    x, wanted = backward.x, backward.wanted
+    by_queries = wanted.q or wanted.scale or (wanted.gate and not x.gate_varies)
+    by_keys = wanted.k or wanted.v
+    schedule = backward.launch.plan.backward_schedule if by_queries and by_keys else "two-pass"
+    if schedule == "short queries":
+        found = short_queries(backward)
+    elif schedule == "short keys":
+        sums = backward.query_sums(x.sizes[0])
+        found = backward.by_keys(sums)._replace(**backward.summed(sums))
+    else:
+        found = backward.by_keys() if by_keys else Gradients()
+        found = found._replace(**backward.by_queries()) if by_queries else found
     if wanted.gate and x.gate_varies:
-        found = found._replace(gate=run.dgate_by_channel())
+        found = found._replace(gate=backward.dgate_by_channel())
     if wanted.bias:
-        found = found._replace(bias=bias_grad(run))
+        found = found._replace(bias=bias_grad(backward))
     asked = zip(found, (x.q, x.k, x.v, x.bias, x.gate, x.scale), wanted)
     return Gradients(*[g.to(t.dtype) if w and g is not None and t is not None else None for g, t, w in asked])
 

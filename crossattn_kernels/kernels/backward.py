@@ -75,9 +75,14 @@ def delta_kernel(o, do, dlse, delta, Hq, M, C: tl.constexpr):
 
 
 @triton.jit
-def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, Hq, M, N, C: tl.constexpr):
-    """The sums over keys for BLOCK_M queries of one (b, h); for dq also over the `batches` that share q."""
-    tile, shared, h = program(tl.cdiv(M, C.BLOCK_M), Hq)
+def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, splits, Hq, M, N, C: tl.constexpr):
+    """The sums over keys for BLOCK_M queries of one (b, h); for dq also over the `batches` that share q.
+
+    With several splits a program takes its share of the keys, and stores partial sums.
+    """
+    tile, rest, h = program(tl.cdiv(M, C.BLOCK_M), Hq)
+    split, shared = rest % splits, rest // splits
+    entries = tl.num_programs(0) // (tl.cdiv(M, C.BLOCK_M) * Hq * splits)
     rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
     d, dv = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
     q_tile = load_rows(q, shared, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
@@ -92,7 +97,7 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, Hq, M, N, C: tl.c
         none = tl.zeros([C.BLOCK_M], tl.float32)
         found = acc, none, (none, none, none)
         lo, hi = key_range(logits.mask, b, h, rows, M, N)
-        lo = lo // C.BLOCK_N * C.BLOCK_N
+        lo, hi = share(lo, hi, split, splits, C.BLOCK_N)
         first, last = whole_range(logits, b, h, rows, lo, hi, M, N, C.BLOCK_N)
         if ONE_LOOP:
             first, last = lo, lo
@@ -106,11 +111,12 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, Hq, M, N, C: tl.c
                 if touches(logits.mask, b, h, rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :], M, N):
                     found = dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N, False, C)
         acc = found[0]
+        at_split = split * entries * batches + b
         if sums.gate is not None:
-            store_vec(sums.gate, b, h, rows, M, found[1])
+            store_vec(sums.gate, at_split, h, rows, M, found[1])
         if sums.scale is not None:
-            store_scale_sums(sums.scale, b, h, rows, M, found[2])
-    store_rows(sums.dq, shared, h, rows, d, M, C.D, acc * scale)
+            store_scale_sums(sums.scale, at_split, h, rows, M, found[2])
+    store_rows(sums.dq, split * entries + shared, h, rows, d, M, C.D, acc * scale)
 
 
 @triton.jit
@@ -281,7 +287,7 @@ class Backward:
         self.launch(delta_kernel, arguments, self.o, self.do, self.dlse, delta)
         return delta
 
-    def run(
+    def run_kernel(
         self, kernel: Any, config: Config, arguments: Callable[..., tuple], *tensors: Tensor | None, label: str = ""
     ) -> None:
         """Launch a kernel that makes p and ds: `arguments` gets its own tensors as they are and what all of these
@@ -305,28 +311,18 @@ class Backward:
         shared = (self.do, self.lse, state, delta, self.dlse, self.free, gate)
         self.launch(kernel, all_arguments, *shared, *self.x, *tensors, label=label)
 
-    def gradients(self) -> Gradients:
-        """Those of q, k, v, scale and of a gate on whole rows: those that are wanted."""
-        by_queries = self.wanted.q or self.wanted.scale or (self.wanted.gate and not self.x.gate_varies)
-        by_keys = self.wanted.k or self.wanted.v
-        if by_queries and by_keys and self.launch.plan.backward_schedule == "short keys":
-            sums = self.query_sums(self.lse.shape[0])
-            return self.by_keys(sums)._replace(**self.summed(sums))
-        found = self.by_keys(None) if by_keys else Gradients()
-        return found._replace(**self.by_queries()) if by_queries else found
-
     def by_queries(self) -> dict[str, Tensor | None]:
         (B, Hq, M, N), config, entries = self.x.sizes, self.launch.plan.dq, self.x.q.shape[0]
 
         def arguments(common: tuple, known: Rows, logits: tuple, *sums: Any) -> tuple:
-            programs = triton.cdiv(M, config.BLOCK_M) * entries * Hq
-            return programs, *common, sums_view(*sums), known, *logits, B // entries, Hq, M, N
+            programs = triton.cdiv(M, config.BLOCK_M) * config.splits * entries * Hq
+            return programs, *common, sums_view(*sums), known, *logits, B // entries, config.splits, Hq, M, N
 
-        sums = self.query_sums(entries)
-        self.run(dq_kernel, config, arguments, *sums[:3])
+        sums = self.query_sums(entries, config.splits)
+        self.run_kernel(dq_kernel, config, arguments, *sums[:3])
         return self.summed(sums)
 
-    def by_keys(self, sums: QuerySums | None) -> Gradients:
+    def by_keys(self, sums: QuerySums | None = None) -> Gradients:
         """dk and dv and, where a tile holds all keys, `sums`."""
         x, (B, Hq, M, N), config = self.x, self.x.sizes, self.launch.plan.dkv
         entries, Hk = x.k.shape[:2]
@@ -345,7 +341,9 @@ class Backward:
         whole = self.launch.plan.backward_schedule == "short keys" or not apart(self.launch.problem)
         for label, outputs in {"": (dk, dv)}.items() if whole else {"k": (dk, None), "v": (None, dv)}.items():
             if outputs != (None, None):
-                self.run(dkv_kernel, config, arguments, *outputs, ranges, *(sums or QuerySums())[:3], label=label)
+                self.run_kernel(
+                    dkv_kernel, config, arguments, *outputs, ranges, *(sums or QuerySums())[:3], label=label
+                )
         return Gradients(k=self.folded(dk, x.k, "k"), v=self.folded(dv, x.v, "v"))
 
     def query_sums(self, entries: int, splits: int = 1) -> QuerySums:
@@ -373,16 +371,17 @@ class Backward:
 
     def folded(self, parts: Tensor | None, like: Tensor, name: str) -> Tensor | None:
         """The gradient called `name`, of this tensor, from its partial sums, if there are any."""
-        if parts is None:
-            return None
-        splits = parts.shape[0] // like.shape[0]
-        if splits == 1:
+        if parts is None or parts.shape[0] == like.shape[0]:
             return parts
+        return self.fold(parts, by_sequence(like), name)
+
+    def fold(self, parts: Tensor, whole: Tensor, name: str) -> Tensor:
+        """`whole`, filled with the sum of `parts`, each of which lies in memory as it does."""
+        splits = parts.shape[0] // whole.shape[0]
 
         def arguments(parts: Tensor, whole: Tensor) -> tuple:
             return triton.cdiv(whole.numel(), self.launch.plan.fold.BLOCK_M), parts, whole, whole.numel(), splits
 
-        whole = by_sequence(like)
         self.launch(fold_kernel, arguments, parts, whole, label=name)
         return whole
 

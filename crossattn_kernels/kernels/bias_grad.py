@@ -10,19 +10,23 @@ from torch import Tensor
 from crossattn_kernels.kernels.backward import Backward
 from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, reaches, scores, touches
 from crossattn_kernels.kernels.softmax import down, load_row, softmax_grad
-from crossattn_kernels.kernels.tiles import at, dot, dot_in_pairs, load_rows, program
+from crossattn_kernels.kernels.tiles import at, dot, dot_in_pairs, load_rows, program, share
 from crossattn_kernels.kernels.views import Rows, constant, view
 
 
 @triton.jit
-def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, Hb, Hq, M, N,
+def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, splits, Hb, Hq, M, N,
                      SUM_M: tl.constexpr, SUM_N: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """One tile of dbias: ds summed over `batches` and `heads`, or over all queries with SUM_M, all keys with SUM_N."""
+    """One tile of dbias: ds summed over `batches` and `heads`, or over all queries with SUM_M, all keys with SUM_N.
+
+    With several splits a program takes its share of the terms, and stores a partial sum.
+    """
     m_tiles, n_tiles = tl.cdiv(M, C.BLOCK_M), tl.cdiv(N, C.BLOCK_N)
     m_steps, n_steps = m_tiles if SUM_M else 1, n_tiles if SUM_N else 1
     m_tiles, n_tiles = 1 if SUM_M else m_tiles, 1 if SUM_N else n_tiles
     ONE_ROW: tl.constexpr = SUM_N & (not SUM_M)  # of tiles, whose keys are a range
-    tile, b_out, h_out = program(m_tiles * n_tiles, Hb)
+    tile, rest, h_out = program(m_tiles * n_tiles, Hb)
+    split, b_out = rest % splits, rest // splits
     m_first, n_first = tile // n_tiles * C.BLOCK_M, tile % n_tiles * C.BLOCK_N
     if ONE_ROW:
         lo, hi = key_range(logits.mask, b_out, h_out, m_first + tl.arange(0, C.BLOCK_M), M, N)
@@ -30,7 +34,8 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, Hb
         n_steps = tl.cdiv(hi - n_first, C.BLOCK_N)
     acc = tl.zeros([C.BLOCK_M, C.BLOCK_N], tl.float32)
     # in one loop over (b, h) or, where they are summed, over tiles, so that loads are pipelined
-    for i in tl.range(0, batches * heads * m_steps * n_steps):
+    begin, end = share(0, batches * heads * m_steps * n_steps, split, splits, 1)
+    for i in tl.range(begin, end):
         b, h, step = b_out, h_out, i
         if not (SUM_M | SUM_N):
             b, h, step = b_out + i // heads, h_out + i % heads, 0
@@ -47,7 +52,8 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, Hb
     if SUM_N:
         acc = tl.sum(acc, 1, keep_dims=True) + tl.zeros_like(acc)
     exists = (rows < (1 if SUM_M else M)) & (keys < (1 if SUM_N else N))
-    tl.store(at(dbias, (b_out, h_out, rows, keys)), acc, mask=exists)
+    at_split = split * (tl.num_programs(0) // (m_tiles * n_tiles * Hb * splits)) + b_out
+    tl.store(at(dbias, (at_split, h_out, rows, keys)), acc, mask=exists)
 
 
 @triton.jit
@@ -67,26 +73,28 @@ def tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, C: tl.co
     return logit_grad(ds, logits, b, h, rows, M)
 
 
-def bias_grad(run: Backward) -> Tensor:
+def bias_grad(backward: Backward) -> Tensor:
     """A bias that varies over queries and keys is written as it is, summed over batch and heads inside the kernel; any
     other has an fp32 partial a (b, h), which is O(M + N), summed afterwards."""
-    x, bias = run.x, run.x.bias
+    x, bias = backward.x, backward.x.bias
     assert bias is not None
     B, Hq, M, N = x.sizes
     Bb, Hb, Mb, Nb = bias.shape
     dense = (Mb, Nb) == (M, N)
     batches, heads = (B // Bb, Hq // Hb) if dense else (1, 1)
     lead = (Bb, Hb) if dense else (B, Hq)
+    config = backward.launch.plan.bias_grad
     dbias = torch.empty(*lead, Mb, Nb, dtype=bias.dtype if dense else torch.float32, device=bias.device)
-    config = run.launch.plan.bias_grad
+    several = config.splits > 1
+    parts = dbias.new_empty(config.splits * lead[0], *dbias.shape[1:], dtype=torch.float32) if several else dbias
 
     def arguments(common: tuple, known: Rows, logits: tuple, dbias: Tensor) -> tuple:
         tiles = (triton.cdiv(M, config.BLOCK_M) if Mb == M else 1) * (triton.cdiv(N, config.BLOCK_N) if Nb == N else 1)
         return (
-            tiles * lead[0] * lead[1],
+            tiles * config.splits * lead[0] * lead[1],
             *common, view(dbias), known, *logits,
-            batches, heads, lead[1], Hq, M, N, constant(Mb != M), constant(Nb != N),
+            batches, heads, config.splits, lead[1], Hq, M, N, constant(Mb != M), constant(Nb != N),
         )  # fmt: skip
 
-    run.run(bias_grad_kernel, config, arguments, dbias)
-    return dbias.sum_to_size(bias.shape)
+    backward.run_kernel(bias_grad_kernel, config, arguments, parts)
+    return (backward.fold(parts, dbias, "bias") if several else dbias).sum_to_size(bias.shape)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from crossattn_kernels.kernels.views import INTERPRETED, Constants, constant
 from crossattn_kernels.problem import Inputs, Options, Problem
@@ -79,10 +80,22 @@ class Launcher:
         if known is not None:
             known.run(*known.bind(tensors))
             return
+        config = getattr(self.plan, CONFIGS[kernel.__name__])
+        while True:
+            try:
+                return self._compile(kernel, config, arguments, tensors, label)
+            except OutOfResources:  # a Triton that no table knows may take more shared memory for a pipeline
+                if config.num_stages == 1:
+                    raise
+                config = config._replace(num_stages=config.num_stages - 1)
+
+    def _compile(
+        self, kernel: Any, config: Config, arguments: Callable[..., tuple[Any, ...]], tensors: Sequence[Any], label: str
+    ) -> None:
+        """Launch for the first time."""
         # a tensor that is there twice is only by chance
         apart = [t.detach() if isinstance(t, Tensor) else t for t in tensors]
         programs, *template = arguments(*apart)
-        config = getattr(self.plan, CONFIGS[kernel.__name__])
         C = self.constants(config)
         bind = binder((*template, C), apart)
 

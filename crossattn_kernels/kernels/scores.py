@@ -4,15 +4,12 @@
 (1, BLOCK_M) and (BLOCK_N, 1) for its transpose; the same lines serve both.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
-from crossattn_kernels.kernels.softmax import tanh, weighed
+from crossattn_kernels.kernels.softmax import LOG2E, tanh, weighed
 from crossattn_kernels.kernels.tiles import at, load_vec
 
-LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(
     -(2.0**127)
 )  # times LOG2E still finite: a bias of finfo.min, which many models mean by hidden, is no -inf

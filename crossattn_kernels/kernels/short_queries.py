@@ -72,16 +72,16 @@ def short_queries_kernel(q, k, v, do, dk, dv, sums, known, logits, drop, splits,
         store_scale_sums(sums.scale, at_split, h, rows, M, scale_sum)
 
 
-def short_queries(run: Backward) -> Gradients:
+def short_queries(backward: Backward) -> Gradients:
     """Gradients of q, k, v, scale and of a gate on whole rows."""
-    x, (B, Hq, M, N), config = run.x, run.x.sizes, run.launch.plan.short_queries
+    x, (B, Hq, M, N), config = backward.x, backward.x.sizes, backward.launch.plan.short_queries
 
     def arguments(common: tuple, known: Rows, logits: tuple, dk: Tensor, dv: Tensor, *sums: Any) -> tuple:
         return (
-            run.launch.query_tiles(config) * config.splits,
+            backward.launch.query_tiles(config) * config.splits,
             *common, rows_view(dk), rows_view(dv), sums_view(*sums), known, *logits, config.splits, B, Hq, M, N,
         )  # fmt: skip
 
-    dk, dv, sums = by_sequence(x.k), by_sequence(x.v), run.query_sums(B, config.splits)
-    run.run(short_queries_kernel, config, arguments, dk, dv, *sums[:3])
-    return Gradients(k=dk, v=dv)._replace(**run.summed(sums))
+    dk, dv, sums = by_sequence(x.k), by_sequence(x.v), backward.query_sums(B, config.splits)
+    backward.run_kernel(short_queries_kernel, config, arguments, dk, dv, *sums[:3])
+    return Gradients(k=dk, v=dv)._replace(**backward.summed(sums))

@@ -118,12 +118,12 @@ def _plan(problem: Problem, chip: Chip, changes: tuple[tuple[str, Any], ...]) ->
         "stream" if fixed.get("forward", forward).splits == 1 else "split",
         schedule,
         forward,
-        rules.fitted(config("dq"), problem),
+        rules.split_dq(rules.fitted(config("dq"), problem), problem, chip),
         rules.split_queries(
             rules.fitted(short_keys if schedule == "short keys" else config("dkv"), problem), problem, chip
         ),
         rules.all_queries(short_queries, problem, chip),
-        rules.fitted(config("bias_grad"), problem),
+        rules.split_terms(rules.fitted(config("bias_grad"), problem), problem, chip),
         merge=Config(16, 16, 4, 1),
         rows=Config(64, 64, 4, 1),
         fold=Config(1024, 16, 4, 1),

@@ -10,7 +10,7 @@ from crossattn_kernels.tuning.chips import Chip
 WAVES = 2  # programs a multiprocessor that a split aims at
 MOST_EVENED, EVEN_ENOUGH = 4, 1.05  # splits that fill the last wave; times of the best that fewer of them may take
 MOST_EXTRAS = 3  # options of a call beside which sums of all three gradients fit the registers
-MOST_TRAFFIC = 0.2  # of what a kernel moves anyway, for partial results of forward splits
+SHARE = 2  # times the bytes of a partial result of the forward that its program reads of keys and values
 
 
 class Config(NamedTuple):
@@ -112,11 +112,9 @@ def split_keys(config: Config, problem: Problem, chip: Chip) -> Config:
         config = config._replace(num_warps=min(config.num_warps, 4), BLOCK_N=min(config.BLOCK_N, 64))
     rows, heads = (p.M * p.group, p.Hk) if config.packed else (p.M, p.Hq)
     programs = -(-rows // config.BLOCK_M) * p.B * heads
-    wanted = shares(programs, -(-p.N // config.BLOCK_N), chip, least=2)
-    moved = p.B * p.Hk * p.N * (p.D + p.Dv) * p.dtype.itemsize
-    partial = 2 * 4 * p.B * p.Hq * p.M * (p.Dv + 2)
-    most = max(1, int(MOST_TRAFFIC * moved / max(1, partial)))
-    return config._replace(splits=min(wanted, most))
+    partial = 2 * 4 * config.BLOCK_M * (p.Dv + 2)  # fp32, written and read
+    least = -(-SHARE * partial // max(1, config.BLOCK_N * (p.D + p.Dv) * p.dtype.itemsize))
+    return config._replace(splits=shares(programs, -(-p.N // config.BLOCK_N), chip, max(2, least)))
 
 
 def split_queries(config: Config, problem: Problem, chip: Chip) -> Config:
@@ -133,6 +131,26 @@ def split_queries(config: Config, problem: Problem, chip: Chip) -> Config:
     most = max(1, min(MOST_EVENED, tiles // 4, dq // partial))
     times = {splits: -(-programs * splits // chip.multiprocessors) / splits for splits in range(1, most + 1)}
     return config._replace(splits=next(n for n, time in times.items() if time <= EVEN_ENOUGH * min(times.values())))
+
+
+def split_dq(config: Config, problem: Problem, chip: Chip) -> Config:
+    """The kernel of dq, split over keys where tiles of queries are few."""
+    p = problem
+    programs = -(-p.M // config.BLOCK_M) * p.Hq * (1 if p.shares_q else p.B)
+    return config._replace(splits=shares(programs, -(-p.N // config.BLOCK_N), chip, least=4))
+
+
+def split_terms(config: Config, problem: Problem, chip: Chip) -> Config:
+    """The kernel of the bias gradient, whose programs share the terms of an entry where tiles of entries are few."""
+    p = problem
+    by_batch, by_head, by_query, by_key = p.bias_varies or (True,) * 4
+    by_query, by_key = by_query or p.M == 1, by_key or p.N == 1
+    summed = by_query and by_key  # over batch and heads; elsewhere each (b, h) has programs of its own
+    rows, columns = -(-p.M // config.BLOCK_M), -(-p.N // config.BLOCK_N)
+    programs = (rows if by_query else 1) * (columns if by_key else 1)
+    programs *= (p.B if by_batch or not summed else 1) * (p.Hq if by_head or not summed else 1)
+    steps = rows * columns * p.B * p.Hq // max(1, programs)
+    return config._replace(splits=shares(programs, steps, chip, least=4))
 
 
 def all_queries(config: Config, problem: Problem, chip: Chip) -> Config:
