@@ -254,10 +254,6 @@ def _unit_last_stride(t: Tensor) -> Tensor:
     return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
 
 
-def is_expanded(t: Tensor) -> bool:
-    return t.ndim > 0 and t.shape[0] > 1 and t.stride(0) == 0
-
-
 def fits(size: int, full: int) -> bool:
     """Whether a dimension broadcasts to `full`."""
     # `size in (1, full)` is False under torch.compile where one of the two is symbolic and the other is not
