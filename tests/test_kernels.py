@@ -119,6 +119,14 @@ def test_the_end_of_the_keys_where_heads_are_large():
         assert_within_budget(check(replace(SMALL, B=1, D=136), "triton"))
 
 
+@pytest.mark.parametrize("N", [40, 90], ids=["few tiles", "tiles that are asked for"])
+def test_tiles_of_which_no_query_sees_a_key(N):
+    """Left out where they are many; where they are few it is not asked, and all in them is hidden."""
+    case = replace(SMALL, B=1, M=50, N=N, mask="blocks", bias=(0, 1, 1, 1), empty_rows="attend_all")
+    with tile_size(16):
+        assert_within_budget(check(case, "triton"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bias_of_minus_infinity_hides_too(backend):
     call = draw(SMALL)

@@ -97,7 +97,9 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, splits, Hq, M, N,
         none = tl.zeros([C.BLOCK_M], tl.float32)
         found = acc, none, (none, none, none)
         lo, hi = key_range(logits.mask, b, h, rows, M, N)
-        lo, hi = share(lo, hi, split, splits, C.BLOCK_N)
+        lo = lo // C.BLOCK_N * C.BLOCK_N
+        if splits > 1:  # 1 is known when the kernel is compiled, and then so is lo where nothing is masked
+            lo, hi = share(lo, hi, split, splits, C.BLOCK_N)
         first, last = whole_range(logits, b, h, rows, lo, hi, M, N, C.BLOCK_N)
         if ONE_LOOP:
             first, last = lo, lo
@@ -108,7 +110,7 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, splits, Hq, M, N,
             # the others, on both sides; a pipeline for the last one alone would make ptxas serialise all products
             for i in tl.range(lo, hi - (last - first), C.BLOCK_N, num_stages=None if C.HIDES | ONE_LOOP else 1):
                 key = i + tl.where(i < first, 0, last - first)
-                if touches(logits.mask, b, h, rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :], M, N):
+                if touches(logits.mask, b, h, rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :], M, N, C.SKIPS):
                     found = dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N, False, C)
         acc = found[0]
         at_split = split * entries * batches + b

@@ -42,7 +42,7 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, sp
         rows = m_first + step // n_steps * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
         keys = n_first + step % n_steps * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
         if reaches(logits.mask, b, h, rows, keys, M, N, ONE_ROW):
-            if touches(logits.mask, b, h, rows[:, None], keys[None, :], M, N):
+            if touches(logits.mask, b, h, rows[:, None], keys[None, :], M, N, C.SKIPS):
                 acc += tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, C)
     # a dimension that is summed has one entry: every row (column) of acc becomes the sum, the first is stored
     rows = (0 if SUM_M else m_first) + tl.arange(0, C.BLOCK_M)[:, None]

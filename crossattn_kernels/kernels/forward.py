@@ -74,7 +74,8 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
         before = (first - lo) // C.BLOCK_N  # the other tiles lie on both sides
         for i in tl.range(0, before + tl.cdiv(hi - last, C.BLOCK_N), num_stages=C.EDGE_STAGES):
             key = tl.where(i < before, lo, last - before * C.BLOCK_N) + i * C.BLOCK_N
-            if touches(logits.mask, b, column(h), rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :], M, N):
+            cols = (key + tl.arange(0, C.BLOCK_N))[None, :]
+            if touches(logits.mask, b, column(h), rows[:, None], cols, M, N, C.SKIPS):
                 state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C)
     if partial is None:
         store_result(result, state, b, h, rows, M, C)

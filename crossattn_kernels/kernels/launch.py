@@ -17,6 +17,7 @@ from crossattn_kernels.problem import Inputs, Options, Problem
 from crossattn_kernels.tuning import Config, circumstances, plan, power_of_two
 
 MOST = 4096  # signatures that are remembered
+FEW_TILES = 4  # of keys, of which asking whether a query sees any costs more than those that none sees
 LAUNCHERS: dict[tuple, Launcher] = {}
 
 # which field of the plan a kernel is launched by
@@ -136,6 +137,7 @@ class Launcher:
             BLOCK_N=config.BLOCK_N,
             TF32=torch.get_float32_matmul_precision() != "highest",
             EDGE_STAGES=self.edge_stages(config),
+            SKIPS=p.N > FEW_TILES * config.BLOCK_N,
             PACKED=config.packed,
             TMA=config.descriptors,
         )

@@ -206,5 +206,6 @@ class Constants(NamedTuple):
     BLOCK_N: int
     TF32: bool  # for fp32 products; otherwise IEEE
     EDGE_STAGES: int  # of the load pipeline of the forward's loop over tiles not seen whole; 0 where there are none
+    SKIPS: bool  # a tile of which no query sees any key is left out where only loading its mask tells
     PACKED: bool  # a tile of queries holds all query heads of a key head
     TMA: bool  # tiles of keys are loaded through tensor descriptors
