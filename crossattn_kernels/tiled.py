@@ -262,11 +262,23 @@ def _flash_backward(call: Call, part: Part, do: Tensor, o: Tensor, lse: Tensor) 
     (q, k, v, mask), causal = _flash_operands(call, part), part.kind == "causal"
     at, group = (part.batch, slice(None), part.rows), q.shape[1] // k.shape[1]
     lse = lse[at].masked_fill(lse[at] == -math.inf, 0)
-    # over the heads of a group the kernel goes on adding to one sum, which loses digits of fp32
-    apart = group > 1 and q.dtype == torch.float32
-    k, v = (t.repeat_interleave(group, 1) if apart else t for t in (k, v))
-    dq, dk, dv = flash_backward(do[at], q, k, v, o[at], lse, 0.0, causal, attn_mask=mask, scale=call.options.scale)
-    return dq, *(t.unflatten(1, (-1, group)).sum(2) if apart else t for t in (dk, dv))
+    by_query = (do[at], q, o[at], lse, mask)
+    # over the heads of a group the kernel goes on adding to one sum, which loses digits of fp32: there one at a time
+    steps = group if q.dtype == torch.float32 else 1
+
+    def of_heads(first: int) -> tuple[Tensor, Tensor, Tensor]:
+        do, q, o, lse, mask = (t if t is None or t.shape[1] == 1 else t[:, first::steps] for t in by_query)
+        return flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=call.options.scale)
+
+    dq, dk, dv = of_heads(0)
+    if steps > 1:
+        every = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        every[:, ::steps] = dq
+        for first in range(1, steps):
+            every[:, first::steps], dk_part, dv_part = of_heads(first)
+            dk, dv = dk.add_(dk_part), dv.add_(dv_part)
+        dq = every
+    return dq, dk, dv
 
 
 # ---- the tile loop ----
