@@ -267,7 +267,8 @@ def _flash_backward(call: Call, part: Part, do: Tensor, o: Tensor, lse: Tensor) 
     steps = group if q.dtype == torch.float32 else 1
 
     def of_heads(first: int) -> tuple[Tensor, Tensor, Tensor]:
-        do, q, o, lse, mask = (t if t is None or t.shape[1] == 1 else t[:, first::steps] for t in by_query)
+        some = [t if steps == 1 or t is None or t.shape[1] == 1 else t[:, first::steps] for t in by_query]
+        do, q, o, lse, mask = some
         return flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=call.options.scale)
 
     dq, dk, dv = of_heads(0)
