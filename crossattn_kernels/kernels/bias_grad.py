@@ -34,7 +34,9 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, sp
         n_steps = tl.cdiv(hi - n_first, C.BLOCK_N)
     acc = tl.zeros([C.BLOCK_M, C.BLOCK_N], tl.float32)
     # in one loop over (b, h) or, where they are summed, over tiles, so that loads are pipelined
-    begin, end = share(0, batches * heads * m_steps * n_steps, split, splits, 1)
+    begin, end = 0, batches * heads * m_steps * n_steps
+    if splits > 1:  # known when the kernel is compiled, as in dq
+        begin, end = share(begin, end, split, splits, 1)
     for i in tl.range(begin, end):
         b, h, step = b_out, h_out, i
         if not (SUM_M | SUM_N):
