@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from crossattn_kernels import ops, reference, tiled, tuning
+from crossattn_kernels import ops, reference, tuning
 from crossattn_kernels.masks import Mask
 from crossattn_kernels.problem import Inputs, Kind, Options, Problem, canonical, one_of
+from crossattn_kernels.tiled.flash import FEW
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -162,7 +163,7 @@ def explain(
 
 
 def _on_the_cpu(x: Inputs, options: Options) -> str:
-    """What the torch backend does on the CPU, as far as no value decides it: `tiled.backward`, `tiled._flash_can`."""
+    """What the torch backend does on the CPU, as far as no value decides it: `tiled.backward`, `tiled.flash.can`."""
     N, flash = x.k.shape[2], "PyTorch's CPU flash kernel"
     never = {
         "D and Dv that differ": x.q.shape[3] != x.v.shape[3],
@@ -177,7 +178,7 @@ def _on_the_cpu(x: Inputs, options: Options) -> str:
     here = flash if sure else f"{flash} where it can, else tiles"
     if x.bias is not None and x.bias.requires_grad:
         return f"forward {here}, backward tiles, as the bias wants a gradient"
-    return f"forward {here}, backward tiles, as N < {tiled.FEW}" if N < tiled.FEW else here
+    return f"forward {here}, backward tiles, as N < {FEW}" if N < FEW else here
 
 
 def unsupported(kind: Kind, backend: str) -> tuple[str, ...]:

@@ -18,8 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from crossattn_kernels import tiled
-from crossattn_kernels.problem import Inputs, Options, matmul_flops
-from crossattn_kernels.tiled import Gradients
+from crossattn_kernels.problem import Gradients, Inputs, Options, matmul_flops
 
 # one call, with which the arguments of both operators end: the fields of Inputs, those of Options, the backend
 CALL = (

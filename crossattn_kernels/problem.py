@@ -57,6 +57,17 @@ class Inputs(NamedTuple):
         return self.gate is not None and self.gate.shape[3] > 1
 
 
+class Gradients(NamedTuple):
+    """One entry an input; None where it was not asked for."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    gate: Tensor | None = None
+    scale: Tensor | None = None
+
+
 class Options(NamedTuple):
     """What a call asks for besides its tensors."""
 

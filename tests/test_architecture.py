@@ -25,8 +25,7 @@ MAY_IMPORT = {
     "dropout": set(),
     "problem": {"masks"},
     "reference": {"problem", "dropout"},
-    "parts": {"problem"},
-    "tiled": {"parts", "problem", "dropout"},
+    "tiled": {"problem", "dropout"},
     "tuning": {"problem"},
     "aot": {"problem", "masks", "tuning"},
     "ops": {"tiled", "problem"},
@@ -43,22 +42,21 @@ MAY_IMPORT = {
     "kernels": {
         *(f"kernels.{name}" for name in ("forward", "backward", "short_queries", "bias_grad", "views")),
         "problem",
-        "tiled",
     },
 }
 LAZILY = {
     "ops": {"kernels"},
     "functional": {"kernels"},
     "cli": {"demo", "aot", "tune", "integrations"},
-    "aot": {"kernels", "tiled"},
+    "aot": {"kernels"},
     "trial": {"kernels.launch"},
 }
 
 # views <- launch, tiles <- softmax <- scores <- schedules
 SCHEDULES = ["bounds", "forward", "backward", "short_queries", "bias_grad"]
-LAYERS = [["views"], ["launch", "tiles"], ["softmax"], ["scores"], SCHEDULES]
+LAYERS = [["views"], ["launch", "tiles"], ["softmax", "partials"], ["scores"], SCHEDULES]
 SIDEWAYS = {("forward", "bounds"), ("backward", "bounds"), ("bias_grad", "backward"), ("short_queries", "backward")}
-FROM_OUTSIDE = {"problem", "tuning", "dropout", "tiled"}  # of tiled only Gradients
+FROM_OUTSIDE = {"problem", "tuning", "dropout"}
 
 
 class Import(NamedTuple):
@@ -106,7 +104,7 @@ def may_import(importer: str, imported: str, lazy: bool) -> bool:
         return kernel_may_import(importer.removeprefix(f"{KERNELS}."), imported)
     home, target = importer.partition(".")[0], imported.partition(".")[0]
     if home == target and home != KERNELS:
-        return True  # within tuning, layers, integrations
+        return True  # within tiled, tuning, layers, integrations
     allowed = MAY_IMPORT.get(home, set()) | (LAZILY.get(home, set()) if lazy else set())
     return imported in allowed or (target in allowed and (target != KERNELS or home == "aot"))
 
@@ -139,15 +137,13 @@ def test_every_file_has_a_place(module):
 
 
 @every_file
-def test_who_knows_triton_testing_and_the_tiles_of_tiled(module):
+def test_who_knows_triton_and_testing(module):
     for found in imports(TREES[module]):
         if found.module.partition(".")[0] == "triton":
             assert module.partition(".")[0] in (KERNELS, "aot"), f"{module} imports triton"
-    for imported, found in own_imports(module):
+    for imported, _ in own_imports(module):
         if imported == "testing":
             assert module in ("demo", "trial", "tune"), f"{module} imports testing"
-        if imported == "tiled" and module.startswith(KERNELS):
-            assert found.name == "Gradients", f"{module} takes {found.name} from tiled"
 
 
 def identifiers(node: ast.AST) -> Iterator[str]:

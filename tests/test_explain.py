@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossattn_kernels import Mask, cross_attention, explain, functional, tiled
+from crossattn_kernels import Mask, cross_attention, explain, functional
+from crossattn_kernels.tiled import flash, loop
 
 ROOT = str(Path(functional.__file__).parents[1])
 BACKENDS = [
@@ -149,9 +150,10 @@ def test_explain_knows_who_computes_on_the_cpu(name, monkeypatch):
     assert explain(**tensors, **call).schedule == schedule
 
     seen = []
-    for who in ("flash", "flash_backward", "_tile_forward", "_tile_backward"):
-        original = getattr(tiled, who)
-        monkeypatch.setattr(tiled, who, lambda *a, f=original, who=who, **k: seen.append(who) or f(*a, **k))
+    for engine in (flash, loop):
+        for step in ("forward", "backward"):
+            who, original = (engine, step), getattr(engine, step)
+            monkeypatch.setattr(engine, step, lambda *a, f=original, who=who: seen.append(who) or f(*a))
     cross_attention(**tensors, **call).sum().backward()
     tiles = schedule.startswith("tiles"), "backward tiles" in schedule or schedule.startswith("tiles")
-    assert set(seen) == {"_tile_forward" if tiles[0] else "flash", "_tile_backward" if tiles[1] else "flash_backward"}
+    assert set(seen) == {(loop if by_tiles else flash, step) for by_tiles, step in zip(tiles, ("forward", "backward"))}

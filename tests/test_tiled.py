@@ -1,18 +1,15 @@
-"""The torch backend beyond the battery: the flash kernel's share of the work, parts, memory, NaN, empty rows."""
+"""The torch backend beyond the battery: the flash kernel's share of the work, memory, NaN, empty rows."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossattn_kernels import Mask, cross_attention, tiled
-from crossattn_kernels.parts import BLOCK, ROWS, TILE, Call, Part, by_keys, few_rows, free_rows, parts, size, small
-from crossattn_kernels.problem import Inputs, Options, canonical
+from crossattn_kernels.problem import Gradients, canonical
 from crossattn_kernels.testing import (
     LAYOUTS,
     MASKS,
@@ -26,6 +23,8 @@ from crossattn_kernels.testing import (
     with_dtypes,
 )
 from crossattn_kernels.testing import Call as Drawn
+from crossattn_kernels.tiled import flash, loop
+from crossattn_kernels.tiled.parts import BLOCK
 
 BACKENDS = (("torch", None), ("reference", torch.float64), ("reference", None))
 
@@ -104,7 +103,7 @@ def test_only_what_is_wanted():
     x, options = canonical(*(call.tensors[n] for n in "qkv"))
     y, _, lse, state, _ = tiled.forward(x, options)
     for wanted in ((True, False, False), (False, True, True)):
-        grads = tiled.backward(call.dy, None, x, options, y, lse, state, None, tiled.Gradients(*wanted))
+        grads = tiled.backward(call.dy, None, x, options, y, lse, state, None, Gradients(*wanted))
         assert [g is not None for g in grads[:3]] == list(wanted) and grads[3:] == (None, None, None)
 
 
@@ -121,7 +120,7 @@ def test_flash_does_the_work(monkeypatch):
     def refuse(*args):
         raise AssertionError("the tile loop was asked")
 
-    monkeypatch.setattr(tiled, "_tiles", refuse)
+    monkeypatch.setattr(loop, "_tiles", refuse)
     for mask in (None, "padding", "dense"):
         run(draw(replace(BIG, mask=mask)), "torch", through_lse=False)
 
@@ -129,137 +128,17 @@ def test_flash_does_the_work(monkeypatch):
 def test_ranges_save_products(monkeypatch):
     """Of two documents of 512 queries and keys each sees its own: half of the products are done."""
     done = []
-    flash = tiled.flash
+    kernel = flash.flash_kernel
 
     def count(q, k, *args, **kwargs):
         done.append(q.shape[0] * q.shape[2] * k.shape[2])
-        return flash(q, k, *args, **kwargs)
+        return kernel(q, k, *args, **kwargs)
 
-    monkeypatch.setattr(tiled, "flash", count)
+    monkeypatch.setattr(flash, "flash_kernel", count)
     q = torch.randn(1, 2, 1024, 16)
     ends = torch.tensor([0, 512, 1024])
     cross_attention(q, q, q, Mask.packed(ends, ends))
     assert sum(done) == 2 * 512 * 512
-
-
-cases = st.builds(
-    Case,
-    name=st.just("drawn"),
-    B=st.integers(1, 3),
-    Hq=st.just(2),
-    Hk=st.just(1),
-    M=st.integers(1, 500),
-    N=st.integers(0, 500),
-    D=st.just(4),
-    mask=st.none() | st.sampled_from(sorted(MASKS)),
-    bias=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
-    empty_rows=st.sampled_from(["zero", "uniform"]),
-    share=st.sampled_from([None, "q", "kv"]),
-)
-
-
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(case=cases, backward=st.booleans())
-def test_parts_cover_what_is_seen(case, backward):
-    """Every query is in exactly one part, with all keys that it sees; what a part claims to be seen, is."""
-    call = draw(case)
-    bias = call.tensors.get("bias")
-    x, options = canonical(*(call.tensors[n] for n in "qkv"), call.mask, bias=bias, empty_rows=case.empty_rows)
-    B, Hq, M, N = x.sizes
-    free = free_rows(x, options)
-    seen = options.mask(x).as_dense(B, Hq, M, N)
-    seen = seen if free is None else seen | free[..., None]
-    times, inside = torch.zeros(B, M), torch.zeros(B, M, N, dtype=torch.bool)
-    few = torch.zeros(B, M, dtype=torch.bool)
-    for part in parts(Call(x, options, free), backward):
-        times[part.batch, part.rows] += 1
-        inside[part.batch, part.rows, part.keys] = True
-        view = seen[part.batch, :, part.rows, part.keys]
-        _, m, n = size(part)
-        for stretch in few_rows(Call(x, options, free), part, tiled.FEW):
-            assert stretch.batch == part.batch and stretch.kind == "masked"
-            few[stretch.batch, stretch.rows] = True
-            outside = seen[stretch.batch, :, stretch.rows].clone()
-            outside[..., stretch.keys] = False
-            assert not outside.any()
-        if part.kind == "whole":
-            few[part.batch, part.rows] |= n < tiled.FEW
-            assert x.bias is None and view.all()
-        elif part.kind == "causal":
-            assert torch.equal(view, torch.ones(m, n, dtype=torch.bool).tril().expand_as(view))
-    assert (times == 1).all()
-    assert not (seen & ~inside[:, None]).any()
-    shown = seen if x.bias is None else seen & (x.bias > -torch.inf)
-    counts = shown.sum(-1)
-    assert few[((counts > 0) & (counts < tiled.FEW)).any(1)].all()
-
-
-def ranged(start: Tensor | None, end: Tensor | None, B: int, H: int, M: int, N: int) -> Inputs:
-    q, k = torch.zeros(B, H, M, 8), torch.zeros(B, H, N, 8)
-    return canonical(q, k, k, Mask(start, end))[0]
-
-
-def kinds(x: Inputs, backward: bool = False) -> list[tuple[int, int, int, int, str]]:
-    found = parts(Call(x, Options(), None), backward)
-    return [(p.rows.start, p.rows.stop, p.keys.start, p.keys.stop, p.kind) for p in found]
-
-
-def test_parts_worth_a_call():
-    """Drawn by hand: what is one call, what is cut, what is joined."""
-    M, N = 2 * ROWS, 600
-    row = torch.arange(M)[None, None]
-    assert kinds(ranged(None, None, 2, 2, M, N)) == [(0, M, 0, N, "whole")]
-    stairs = ranged(None, row + 1, 1, 8, M, N)
-    assert kinds(stairs) == kinds(stairs, True) == [(0, M, 0, M, "causal")]
-    half = stairs._replace(q=stairs.q.half(), k=stairs.k.half(), v=stairs.v.half())
-    assert all(kind == "masked" for *_, kind in kinds(half, True))
-    media = ranged(None, (row // ROWS + 1) * 100, 1, 8, M, N)
-    assert kinds(media) == [(0, ROWS, 0, 100, "whole"), (ROWS, M, 0, 200, "whole")]
-    ragged = ranged(None, 300 - 10 * (row % 2), 1, 8, M, N)
-    assert kinds(ragged) == [(0, M, 0, 304, "masked")]
-    lengths = torch.tensor([500, 3])[:, None, None]
-    assert kinds(ranged(None, lengths, 2, 8, M, N)) == [(0, M, 0, 500, "whole"), (0, M, 0, 3, "whole")]
-    assert kinds(ranged(None, lengths, 2, 1, 9, N)) == [(0, 9, 0, 512, "masked")]  # too small to be worth two
-    assert len(kinds(ranged(None, torch.arange(600)[:, None, None] % 5, 600, 2, 3, 5))) < 5
-    row = torch.arange(4096)[None, None]
-    wide = kinds(ranged(row * 2, row * 2 + 4096, 1, 1, 4096, 12_000))
-    assert all((bottom - top) * (high - low) <= 2 * TILE and kind == "masked" for top, bottom, low, high, kind in wide)
-
-
-ALONG = {  # (M, N, mask, whether it is cut anew)
-    "window": (900, 700, Mask.window(900, 700, 100, 60), True),
-    "diagonal": (700, 1500, Mask.window(700, 1500, 0, 0), True),
-    "causal": (1500, 1201, Mask.window(1500, 1201, 2000, 0), False),
-    "band": (600, 600, Mask.window(600, 600, 9, 9), True),
-    "media": (1000, 640, Mask.media(torch.arange(1000)[None] % 100 == 50, 64, latest=False), True),
-}
-
-
-@pytest.mark.parametrize("name", ALONG)
-def test_parts_along_the_keys_cover_each_pair_once(name):
-    """What a query sees is spread over parts of the backward, which nothing counts twice; some see nothing."""
-    M, N, mask, anew = ALONG[name]
-    x, options = canonical(*(torch.zeros(2, 8, n, 8) for n in (M, N, N)), mask)
-    call = Call(x, options, None)
-    before = list(parts(call, backward=True))
-    times, seen = torch.zeros(2, M, N), options.mask(x).as_dense(2, 1, M, N)[:, 0]
-    found = by_keys(call, before)
-    for part in found:
-        assert part.kind == "masked" or part in before
-        view = times[part.batch, part.rows, part.keys]
-        view += 1
-    assert len(found) > 1 and (found != before) is anew
-    assert (times[seen] == 1).all() and times.max() == 1
-
-
-def test_pieces_cover_a_part_once():
-    part = Part(slice(1, 6), slice(10, 1000), slice(3, 5000), "masked")
-    t = torch.empty(8, 4, 5000, 8, dtype=torch.bfloat16)
-    for cut in (tiled._cached, tiled._exact, small):
-        keys = torch.zeros(8, 1000, dtype=torch.long)
-        for piece in cut(Inputs(t, t, t), part):
-            keys[piece.batch, piece.rows] += size(piece)[2]
-        assert (keys[1:6, 10:] == 4997).all() and keys.sum() == 5 * 990 * 4997
 
 
 class Largest(TorchDispatchMode):

@@ -8,8 +8,7 @@ import torch
 from crossattn_kernels import kernels, tuning
 from crossattn_kernels.kernels import launch
 from crossattn_kernels.kernels.backward import Backward
-from crossattn_kernels.problem import Inputs, Options, Problem
-from crossattn_kernels.tiled import Gradients
+from crossattn_kernels.problem import Gradients, Inputs, Options, Problem
 from crossattn_kernels.tuning import Config, rules
 
 

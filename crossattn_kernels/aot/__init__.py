@@ -83,7 +83,7 @@ def compile_named(
 
 def _run(x: Inputs, options: Options, backward: bool) -> None:
     from crossattn_kernels import kernels
-    from crossattn_kernels.tiled import Gradients
+    from crossattn_kernels.problem import Gradients
 
     if options.dropout_p:
         x = x._replace(seed=torch.empty((), dtype=torch.int64, device=x.q.device))

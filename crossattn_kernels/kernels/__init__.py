@@ -14,8 +14,7 @@ from crossattn_kernels.kernels.bias_grad import bias_grad
 from crossattn_kernels.kernels.forward import forward as forward_here
 from crossattn_kernels.kernels.short_queries import short_queries
 from crossattn_kernels.kernels.views import INTERPRETED
-from crossattn_kernels.problem import Inputs, Options
-from crossattn_kernels.tiled import Gradients
+from crossattn_kernels.problem import Gradients, Inputs, Options
 
 __all__ = ["backward", "forward", "unsupported"]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crossattn_kernels.kernels.bounds import among_pairs, pair, query_range, tile_ranges, whole_queries
 from crossattn_kernels.kernels.launch import Launcher
+from crossattn_kernels.kernels.partials import by_sequence, fold
 from crossattn_kernels.kernels.scores import (
     head_scale,
     key_range,
@@ -53,8 +54,7 @@ from crossattn_kernels.kernels.views import (
     tanh_views,
     view,
 )
-from crossattn_kernels.problem import Inputs, Options
-from crossattn_kernels.tiled import Gradients
+from crossattn_kernels.problem import Gradients, Inputs, Options
 from crossattn_kernels.tuning import Config, apart
 
 
@@ -232,23 +232,6 @@ def dkv_tile(
     return dk_acc, dv_acc
 
 
-@triton.jit
-def fold_kernel(parts, whole, size, splits, C: tl.constexpr):
-    """The sum over splits, in their order, of BLOCK_M elements."""
-    i = tl.cast(tl.program_id(0), tl.int64) * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
-    total = tl.zeros([C.BLOCK_M], tl.float32)
-    for split in tl.range(0, splits):
-        total += tl.load(parts + tl.cast(split, tl.int64) * size + i, mask=i < size, other=0.0)
-    tl.store(whole + i, total.to(whole.dtype.element_ty), mask=i < size)
-
-
-def by_sequence(t: Tensor, parts: int = 1) -> Tensor:
-    """Room for a gradient of q, k or v, laid out as (B, sequence, H, D), or for fp32 partial sums of it."""
-    B, H, S, D = t.shape
-    dtype = t.dtype if parts == 1 else torch.float32
-    return t.new_empty_strided((parts * B, H, S, D), (S * H * D, D, H * D, 1), dtype=dtype)
-
-
 class Backward:
     """One backward, of a problem that is not empty: what its kernels share, and their launches."""
 
@@ -375,17 +358,7 @@ class Backward:
         """The gradient called `name`, of this tensor, from its partial sums, if there are any."""
         if parts is None or parts.shape[0] == like.shape[0]:
             return parts
-        return self.fold(parts, by_sequence(like), name)
-
-    def fold(self, parts: Tensor, whole: Tensor, name: str) -> Tensor:
-        """`whole`, filled with the sum of `parts`, each of which lies in memory as it does."""
-        splits = parts.shape[0] // whole.shape[0]
-
-        def arguments(parts: Tensor, whole: Tensor) -> tuple:
-            return triton.cdiv(whole.numel(), self.launch.plan.fold.BLOCK_M), parts, whole, whole.numel(), splits
-
-        self.launch(fold_kernel, arguments, parts, whole, label=name)
-        return whole
+        return fold(self.launch, parts, by_sequence(like), name)
 
     def through_tanh(self, dt: Tensor) -> Tensor:
         """Gradient of the raw gate from parts (parts, B, Hq, M, Dv or 1) of that of its tanh: summed, in fp64."""

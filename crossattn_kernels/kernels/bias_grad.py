@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crossattn_kernels.kernels.backward import Backward
+from crossattn_kernels.kernels.partials import fold
 from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, reaches, scores, touches
 from crossattn_kernels.kernels.softmax import down, load_row, softmax_grad
 from crossattn_kernels.kernels.tiles import at, dot, dot_in_pairs, load_rows, program, share
@@ -99,4 +100,4 @@ def bias_grad(backward: Backward) -> Tensor:
         )  # fmt: skip
 
     backward.run_kernel(bias_grad_kernel, config, arguments, parts)
-    return (backward.fold(parts, dbias, "bias") if several else dbias).sum_to_size(bias.shape)
+    return (fold(backward.launch, parts, dbias, "bias") if several else dbias).sum_to_size(bias.shape)

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossattn_kernels.kernels.backward import Backward, by_sequence, sums_view
+from crossattn_kernels.kernels.backward import Backward, sums_view
+from crossattn_kernels.kernels.partials import by_sequence
 from crossattn_kernels.kernels.scores import (
     head_scale,
     logit_grad,
@@ -29,7 +30,7 @@ from crossattn_kernels.kernels.tiles import (
     store_vec,
 )
 from crossattn_kernels.kernels.views import Rows, rows_view
-from crossattn_kernels.tiled import Gradients
+from crossattn_kernels.problem import Gradients
 
 
 @triton.jit

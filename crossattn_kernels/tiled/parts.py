@@ -1,4 +1,4 @@
-"""Who sees what, cut into parts that are worth a call of their own: the schedule of `tiled.py`.
+"""Who sees what, cut into parts that are worth a call of their own: the schedule of this backend.
 
 A part is a batch slice and a run of queries with the keys that hold all they see, so hidden ranges cost no time and no
 mask is larger than two tiles.
@@ -359,3 +359,14 @@ def queries(t: Tensor, part: Part) -> Tensor:
 def keys(t: Tensor, part: Part) -> Tensor:
     """(1|b, Hk, n, D)."""
     return of(t, part.batch)[:, :, part.keys]
+
+
+def add(total: Tensor | None, part: Part, rows: slice, term: Tensor) -> None:
+    """Add a part's gradient; an entry shared by the batch takes the sum."""
+    if total is None:
+        return
+    total = total[:, :, rows]
+    if total.shape[0] == 1:
+        total += term if term.shape[0] == 1 else term.sum(0, keepdim=True, dtype=total.dtype)
+    else:
+        total[part.batch] += term
