@@ -158,13 +158,8 @@ def test_the_report_has_no_spills(arch):
 # bytes a thread; docs/schedules.md says why
 SPILLS = {
     "sm_80": {
-        "bias_grad_kernel of two-pass bf16 D64 keys, bias, dropout": 8,
-        "bias_grad_kernel of short keys bf16 D64 keys, bias, dropout": 8,
         "dq_kernel of fewer keys bf16 D64 everything": 96,
-        "bias_grad_kernel of short queries bf16 D64 keys, bias, dropout": 8,
-        "bias_grad_kernel of short keys bf16 D128 keys, bias, dropout": 144,
         "forward_kernel of short keys bf16 D256 keys, bias, dropout": 184,
-        "bias_grad_kernel of short queries bf16 D256 keys, bias, dropout": 8,
         "forward_kernel of split bf16 D256 ranges": 16,
         "forward_kernel of split bf16 D256 keys": 8,
         "dq_kernel of split bf16 D256 everything": 16,
