@@ -44,6 +44,8 @@ def run_demo(args: argparse.Namespace) -> int:
         if (error.name or "").partition(".")[0] not in DEMO_EXTRA:
             raise
         return _refuse(f"the demo needs {error.name}: pip install '.[demo]' in the checkout")
+    if args.out.suffix.lower() not in demo.PICTURES:
+        return _refuse(f"--out must end in one of {', '.join(demo.PICTURES)}, got {args.out}")
     try:
         return demo.run(args.backend, args.steps, args.seed, args.out)
     except NotImplementedError as error:  # the backend asked for cannot run here

@@ -38,6 +38,7 @@ CONTEXT = max(map(len, NAMES)) + 1  # characters of a name and one END
 SIDE, PATCH = 8, 2  # pixels along an image, along a patch
 GRID = SIDE // PATCH  # patches along an image
 REQUIRED_ACCURACY = 0.95
+PICTURES = tuple(f".{ending}" for ending in sorted(Figure().canvas.get_supported_filetypes()))
 
 
 # ---- models ----

@@ -67,6 +67,14 @@ def test_package_does_not_import_the_demo():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("name", ["demo", "demo.txt", "missing/demo.png", "."])
+def test_a_picture_that_cannot_be_written_is_refused_before_training(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run", lambda *args: pytest.fail("it trains"))
+    assert cli.main(["demo", "--out", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("--out must ") and error.count("\n") == 1
+
+
 def test_backend_that_cannot_run_here_exits_2(monkeypatch, capsys):
     def refuse(*args):
         raise NotImplementedError("no GPU")
