@@ -88,7 +88,7 @@ def parts(call: Call, backward: bool = False) -> Iterator[Part]:
     for batch in steps(slice(0, B), 1 if apart else max(1, PART // (Hq * M * max(1, N))) if varies else B):
         start, end, agree = _ranges(call, batch)
         heads, alike = Hq * (batch.stop - batch.start), call.by_range and agree
-        # 16-bit gradients are exact in short parts only, see _exact
+        # 16-bit gradients are exact in short parts only, see `flash.exact`
         stairs = _stairs(start, end) if alike and not (backward and x.q.dtype.itemsize == 2) else []
         first = 0
         for top, bottom in (*stairs, (M, M)):
