@@ -25,7 +25,7 @@ from crossattn_kernels.aot.calls import Call, arguments, sweep
 from crossattn_kernels.aot.machine_code import Figures, figures
 from crossattn_kernels.aot.target import launched, standing_in, timed
 from crossattn_kernels.masks import Mask
-from crossattn_kernels.problem import Inputs, Options
+from crossattn_kernels.problem import Gradients, Inputs, Options
 from crossattn_kernels.tuning import Config
 
 __all__ = ["Call", "Row", "compile_call", "compile_named", "sweep"]
@@ -83,7 +83,6 @@ def compile_named(
 
 def _run(x: Inputs, options: Options, backward: bool) -> None:
     from crossattn_kernels import kernels
-    from crossattn_kernels.problem import Gradients
 
     if options.dropout_p:
         x = x._replace(seed=torch.empty((), dtype=torch.int64, device=x.q.device))
