@@ -1,13 +1,14 @@
 """Keys and values that arrive in pieces: one softmax over their concatenation, which never exists.
 
-Each chunk gives a state (o, lse) of its own; `merge` joins them.  In the backward every chunk sees the joint lse and
-output, so its gradients are those of the whole.  Chunks given as callables are called again there, one at a time.
+Each chunk gives a `State` of its own; `merge` joins them.  In the backward every chunk sees the joint state and output,
+so its gradients are those of the whole.  Chunks given as callables are called again there, one at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -87,23 +88,32 @@ def cross_attention_chunked(
     seed = draw_seed(q.device, generator) if dropout_p else None
     # no chunks are one without keys
     chunks = chunks or [(cast_q.new_empty(1, *q.shape[1:2], 0, *q.shape[3:]),) * 2]
-    o, lse, plan = _forward(cast_q.detach(), chunks, bias, seed, settings)
+    o, lse, state, plan = _forward(cast_q.detach(), chunks, bias, seed, settings)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (cast_q, bias, *plan.inputs) if t is not None):
-        o, lse = Chunked.apply(plan, o, lse, seed, cast_q, bias, *plan.inputs)
+        o, lse = Chunked.apply(plan, o, lse, state, seed, cast_q, bias, *plan.inputs)
     if gate is not None:
         t = torch.tanh(fit_gate(gate, tuple(o.shape), q))
         o = torch.empty_like(o).copy_(t * o) if not torch.is_grad_enabled() else (t * o).to(o.dtype)
     return (o, lse) if return_lse else o
 
 
-def merge(o: Tensor, lse: Tensor, o_chunk: Tensor, lse_chunk: Tensor) -> tuple[Tensor, Tensor]:
-    """The state over both sets of keys: o (..., M, Dv), lse (..., M), both fp32 or wider.
+class State(NamedTuple):
+    """The softmax of some keys, fp32 or wider; lse alone would round `total` away beside a large `high`."""
 
-    Associative and commutative up to rounding.  Two empty states (lse = -inf) make an empty state.
+    acc: Tensor  # (..., M, Dv), the output times total
+    high: Tensor  # (..., M), the largest logit, -inf where there is none
+    total: Tensor  # (..., M), sum of the exponentials of (logit - high)
+
+
+def merge(a: State, b: State, exp: Callable[[Tensor], Tensor] = torch.exp) -> State:
+    """The state over both sets of keys; `exp` is the exponential of the logits, `torch.exp2` where they are in base 2.
+
+    Associative and commutative up to rounding.  Two empty states make an empty state.
     """
-    joint = torch.logaddexp(lse, lse_chunk)
-    pivot = joint.masked_fill(joint == -torch.inf, 0)
-    return torch.exp(lse - pivot)[..., None] * o + torch.exp(lse_chunk - pivot)[..., None] * o_chunk, joint
+    high = torch.maximum(a.high, b.high)
+    pivot = high.masked_fill(high == -torch.inf, 0)
+    of_a, of_b = exp(a.high - pivot), exp(b.high - pivot)
+    return State(of_a[..., None] * a.acc + of_b[..., None] * b.acc, high, of_a * a.total + of_b * b.total)
 
 
 class Settings(NamedTuple):
@@ -135,10 +145,11 @@ class Plan(NamedTuple):
 
 def _forward(
     q: Tensor, chunks: Sequence[Chunk], bias: Tensor | None, seed: Tensor | None, settings: Settings
-) -> tuple[Tensor, Tensor, Plan]:
+) -> tuple[Tensor, Tensor, Tensor, Plan]:
+    """(o, lse, state, plan); state as `ops.forward_op` documents it, of all chunks."""
     plan = Plan([], [], settings)
-    state: tuple[Tensor, Tensor] | None = None
-    first, sizes = 0, None
+    joint: State | None = None
+    first, sizes, exp, unit = 0, None, torch.exp, 1.0
     wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with _entered(_autocasts(q.device)) if any(map(callable, chunks)) else contextlib.nullcontext():
         for i, chunk in enumerate(chunks):
@@ -151,13 +162,17 @@ def _forward(
             with torch.no_grad():
                 x, options, backend = _call(q, k, v, bias, seed, piece, settings)
                 sizes = _check_sizes(i, x, sizes)
-                o, _, lse, _, _ = forward_op(*x, *options, backend)
-                state = (o.to(lse.dtype), lse) if state is None else merge(*state, o.to(lse.dtype), lse)
+                o, _, _, state, _ = forward_op(*x, *options, backend)
+                exp, unit = (torch.exp2, math.log(2)) if backend == "triton" else (torch.exp, 1.0)
+                high, total = state[:, 0], 1 / state[:, 1]
+                found = State(o * total[..., None], high, total)
+                joint = found if joint is None else merge(joint, found, exp)
             first = piece.last
-    assert state is not None, "there is at least one chunk"
-    o, lse = state
-    B, Hq, M, Dv = o.shape
-    return q.new_empty(B, M, Hq, Dv).transpose(1, 2).copy_(o), lse, plan
+    assert joint is not None, "there is at least one chunk"
+    total = joint.total.masked_fill(joint.total == 0, 1)
+    o, (B, Hq, M, Dv) = joint.acc / total[..., None], joint.acc.shape
+    lse = joint.high * unit + total.log()
+    return q.new_empty(B, M, Hq, Dv).transpose(1, 2).copy_(o), lse, torch.stack((joint.high, 1 / total), 1), plan
 
 
 def _call(
@@ -223,16 +238,18 @@ class Chunked(torch.autograd.Function):
     """(o, lse) as `_forward` found them, with the gradients of the rest: q, bias and what the chunks depend on."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, o: Tensor, lse: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, plan: Plan, o: Tensor, lse: Tensor, state: Tensor, *rest: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.autocasts = plan, _autocasts(o.device)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(o, lse, *rest)
+        ctx.save_for_backward(o, lse, state, *rest)
         return o.view_as(o), lse.view_as(lse)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads = ChunkedBackward.apply(ctx.plan, ctx.autocasts, ctx.needs_input_grad[4:], do, dlse, *ctx.saved_tensors)
-        return (None, None, None, None, *grads)
+        grads = ChunkedBackward.apply(ctx.plan, ctx.autocasts, ctx.needs_input_grad[5:], do, dlse, *ctx.saved_tensors)
+        return (None,) * 5 + tuple(grads)
 
 
 class ChunkedBackward(torch.autograd.Function):
@@ -242,13 +259,13 @@ class ChunkedBackward(torch.autograd.Function):
     def forward(
         ctx: Any, plan: Plan, autocasts: Autocasts, needed: Sequence[bool], *tensors: Any
     ) -> tuple[Tensor | None, ...]:
-        do, dlse, o, lse, seed, q, bias, *inputs = tensors
+        do, dlse, o, lse, state, seed, q, bias, *inputs = tensors
         need_q, need_bias, *need = needed
         do = torch.zeros_like(o) if do is None else do
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if need_q else None
         dbias = torch.zeros(bias.shape, dtype=lse.dtype, device=q.device) if need_bias else None
         grads: list[Tensor | None] = [None] * len(inputs)
-        none = q.new_empty(0)
+        free = q.new_empty(0, dtype=torch.bool)
         with _entered(autocasts):
             for piece in plan.pieces:
                 carried = any(need[i] for i in piece.inputs)
@@ -256,7 +273,7 @@ class ChunkedBackward(torch.autograd.Function):
                 x, options, backend = _call(q, k, v, bias, seed, piece, plan.settings)
                 wanted = [need_q, carried, carried, need_bias, False, False]
                 dq_part, dk, dv, dbias_part, _, _ = backward_op(
-                    do, dlse, o, lse, none, none.bool(), wanted, *x, *options, backend
+                    do, dlse, o, lse, state, free, wanted, *x, *options, backend
                 )
                 if dq is not None:
                     dq += dq_part

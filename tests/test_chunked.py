@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from crossattn_kernels import Mask, cross_attention, cross_attention_chunked
-from crossattn_kernels.chunked import merge
+from crossattn_kernels.chunked import State, merge
 from crossattn_kernels.testing import assert_within_budget, compare, worst
 
 LENGTHS = [(7, 16, 9), (0, 5, 0, 3), (40,), (1, 1, 1)]
@@ -190,15 +190,44 @@ def test_no_chunks_and_empty_chunks():
 
 
 def test_merge():
-    o, p = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
-    a, b = torch.randn(3, 5), torch.randn(3, 5)
-    empty = torch.full((3, 5), -math.inf)
-    for x, y in zip(merge(o, a, p, b), merge(p, b, o, a)):
+    a, b = (State(torch.randn(3, 5, 8), torch.randn(3, 5), torch.rand(3, 5)) for _ in range(2))
+    empty = State(torch.zeros(3, 5, 8), torch.full((3, 5), -math.inf), torch.ones(3, 5))
+    for x, y in zip(merge(a, b), merge(b, a)):
         torch.testing.assert_close(x, y)
-    for x, y in zip(merge(o, a, torch.zeros_like(o), empty), (o, a)):
+    for x, y in zip(merge(a, empty), a):
         assert torch.equal(x, y)
-    nothing, lse = merge(torch.zeros_like(o), empty, torch.zeros_like(o), empty)
-    assert not nothing.any() and torch.equal(lse, empty)
+    nothing = merge(empty, empty)
+    assert not nothing.acc.any() and not nothing.total.any() and torch.equal(nothing.high, empty.high)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("backend", "Dv"), [("torch", 24), ("torch", 16), ("triton", 24)])
+def test_rows_whose_every_logit_is_the_least_number(backend, Dv, dtype):
+    """What many models add to hide a key, added to all keys of a row: lse has no digit left of their number.
+
+    PyTorch's flash kernel takes v of q's head size.
+    """
+    torch.manual_seed(0)
+    q, pairs = inputs((7, 16, 9), dtype, Dv=Dv)
+    bias = torch.zeros(2, 1, 11, 32, dtype=dtype)
+    bias[:, :, 3:6] = torch.finfo(dtype).min
+    do = torch.randn(2, 4, 11, Dv).to(dtype)
+
+    def found(attend, k, v, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (q, *k, *v)]
+        n = len(k)
+        o = attend(leaves[0], leaves[1 : 1 + n], leaves[1 + n :], bias.to(dtype))
+        dq, *rest = torch.autograd.grad(o, leaves, do.to(dtype))
+        return dict(y=o.detach(), dq=dq, dk=torch.cat(rest[:n], 2), dv=torch.cat(rest[n:], 2))
+
+    def chunked(q, k, v, bias):
+        return cross_attention_chunked(q, list(zip(k, v)), bias=bias, backend=backend)
+
+    def reference(q, k, v, bias):
+        return cross_attention(q, torch.cat(k, 2), torch.cat(v, 2), bias=bias, backend="reference")
+
+    got = found(chunked, *zip(*pairs), dtype)
+    assert_within_budget(compare(got, *(found(reference, *zip(*pairs), t) for t in (torch.float64, dtype))))
 
 
 def test_layout_and_expanded_batches():

@@ -279,7 +279,7 @@ class Backward:
         kernels take as (q, k, v, do), known, logits and dropout."""
         alone = self.x.sizes[3] <= config.BLOCK_N and not self.options.chunk
         # p from lse is as exact as 16 bits need, unless a bias makes lse so large that it holds no digits of p
-        by_lse = self.options.chunk or self.x.q.dtype.itemsize == 2 and self.x.bias is None
+        by_lse = self.x.q.dtype.itemsize == 2 and self.x.bias is None
         delta, state = None if alone else self.full_delta, None if by_lse else self.state
 
         gate = None if self.x.gate is None or self.x.gate_varies else self.gate

@@ -148,7 +148,7 @@ class Rows(NamedTuple):
     """What the backward knows of every query, each (B, Hq, M)."""
 
     lse: View
-    state: View | None  # (B, 2, Hq, M), as in Result; without it p comes from lse, as for a chunk of a longer whole
+    state: View | None  # (B, 2, Hq, M), as in Result; without it p comes from lse
     delta: View | None  # rowsum(o * do) - dlse; without it a tile holds all keys
     dlse: View | None
     gate: View | None  # tanh of a gate that is one number a row

@@ -25,10 +25,10 @@ FAR = -1e6  # an lse below this has lost digits that p needs
 
 
 def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, o, lse, state, free), as `ops.forward_op` documents; o is kept with any gate, state is not needed."""
+    """(y, o, lse, state, free), as `ops.forward_op` documents; o is kept with any gate, state for chunks."""
     call = Call(x, options, free_rows(x, options))
-    o, lse = _attend(call)
-    none, state = x.q.new_empty(0), lse.new_empty(0)
+    o, lse, state = _attend(call)
+    none = x.q.new_empty(0)
     free = none.bool() if call.free is None else call.free
     if x.gate is None:
         return o, none, lse, state, free
@@ -36,27 +36,33 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
     return y, o, lse, state, free
 
 
-def _attend(call: Call) -> tuple[Tensor, Tensor]:
-    """(o, lse): (B, Hq, M, Dv) laid out as (B, M, Hq, Dv), and (B, Hq, M)."""
+def _attend(call: Call, may_flash: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, lse, state): (B, Hq, M, Dv) laid out as (B, M, Hq, Dv), (B, Hq, M), and (B, 2, Hq, M) for a chunk."""
     work = list(parts(call))
     call = replace(call, x=_by_head(call.x, work))
     x, (B, Hq, M, _) = call.x, call.x.sizes
     laid_out = x.q.stride(0) >= x.q.stride(2) >= x.q.stride(1)  # the kernel lays o out as q
-    if len(work) == 1 and (laid_out or len(list(flash.cached(x, work[0]))) == 1) and flash.can(call, work[0]):
+    alone = len(work) == 1 and (laid_out or len(list(flash.cached(x, work[0]))) == 1) and not call.options.chunk
+    if alone and flash.can(call, work[0]):
         o, lse = flash.forward(call, work[0])
         # a copy made now costs less than one into memory set aside before
-        return o.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+        return o.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), lse.new_empty(0)
     o = x.q.new_empty(B, M, Hq, x.v.shape[3]).transpose(1, 2)
     lse = x.q.new_empty(B, Hq, M, dtype=wide(x.q))
+    state = lse.new_ones((B, 2, Hq, M) if call.options.chunk else 0)
     for part in work:
-        if flash.can(call, part):
+        if may_flash and flash.can(call, part):
             for piece in flash.cached(x, part):
                 at = (piece.batch, slice(None), piece.rows)
                 o[at], lse[at] = flash.forward(call, piece)
+                if call.options.chunk:
+                    state[piece.batch, 0, :, piece.rows] = lse[at]
         else:
             for piece in small(x, part):
-                loop.forward(call, piece, o, lse)
-    return o, lse
+                loop.forward(call, piece, o, lse, state)
+    if may_flash and call.options.chunk and _absorbed(x, lse):
+        return _attend(call, may_flash=False)
+    return o, lse, state
 
 
 def _by_head(x: Inputs, work: list[Part]) -> Inputs:
@@ -109,7 +115,7 @@ def backward(
         grads = grads._replace(scale=torch.zeros(x.sizes[:3], dtype=torch.float64, device=x.q.device))
     for part in by_tiles:
         for piece in small(x, part):
-            loop.backward(call, piece, do, dlse, o, lse, grads)
+            loop.backward(call, piece, do, dlse, o, lse, state, grads)
     dscale = None if grads.scale is None else grads.scale.sum(2).sum_to_size(x.scale.shape)  # type: ignore[union-attr]
     given = Gradients(x.q, x.k, x.v, x.bias, x.gate, x.scale)
     grads = grads._replace(gate=dgate, scale=dscale)
@@ -131,7 +137,7 @@ def _shared_out(call: Call, lse: Tensor, may_flash: bool) -> tuple[list[Part], l
 
 
 def _absorbed(x: Inputs, lse: Tensor) -> bool:
-    """True if some lse cannot hold the log of its sum beside a bias of finfo.min; the flash kernel makes p from lse."""
+    """True if some lse cannot hold the log of its sum beside a bias of finfo.min; the flash kernel knows only lse."""
     return x.bias is not None and lse.device.type == "cpu" and bool(((lse < FAR) & lse.isfinite()).any())
 
 

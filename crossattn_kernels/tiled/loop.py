@@ -89,16 +89,20 @@ def _dropped(call: Call, kept: Tensor | None, p: Tensor) -> Tensor:
     return p if kept is None else torch.where(kept, p / (1 - call.options.dropout_p), 0)
 
 
-def forward(call: Call, part: Part, o: Tensor, lse: Tensor) -> None:
+def forward(call: Call, part: Part, o: Tensor, lse: Tensor, state: Tensor) -> None:
+    """Writes a part of o and lse, and for a chunk of its state."""
     at = (part.batch, slice(None), part.rows)
     q = queries(call.x.q, part).to(lse.dtype)
     if 0 < part.keys.stop - part.keys.start <= KEYS:
         tile = next(_tiles(call, part, q))
         high, p = tile.s.amax(-1, keepdim=True), tile.s.softmax(-1)
         empty = high == -math.inf
-        lse[at] = (high - p.amax(-1, keepdim=True).log()).masked_fill_(empty, -math.inf)[..., 0]
+        inverse = p.amax(-1, keepdim=True).masked_fill_(empty, 1)
         p = p.masked_fill_(empty, 0)
         o[at] = _product(_dropped(call, _kept(call, part, p), p), tile.v).to(o.dtype)
+        lse[at] = (high - inverse.log())[..., 0]
+        if call.options.chunk:
+            state[part.batch, :, :, part.rows] = torch.stack((high, inverse), 1)[..., 0]
         return
     high = torch.full(lse[at].shape, -math.inf, dtype=lse.dtype, device=q.device)
     total, acc = torch.zeros_like(high), torch.zeros(o[at].shape, dtype=lse.dtype, device=q.device)
@@ -113,6 +117,8 @@ def forward(call: Call, part: Part, o: Tensor, lse: Tensor) -> None:
     total = total.masked_fill(total == 0, 1)
     o[at] = (acc / total[..., None]).to(o.dtype)
     lse[at] = high + torch.log(total)
+    if call.options.chunk:
+        state[part.batch, :, :, part.rows] = torch.stack((high, 1 / total), 1)
 
 
 def _row_state(call: Call, part: Part, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,13 +133,17 @@ def _row_state(call: Call, part: Part, q: Tensor) -> tuple[Tensor, Tensor]:
     return high, 1 / total.masked_fill(total == 0, 1)
 
 
-def backward(call: Call, part: Part, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, grads: Gradients) -> None:
+def backward(
+    call: Call, part: Part, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, state: Tensor, grads: Gradients
+) -> None:
     at, heads = (part.batch, slice(None), part.rows), call.x.k.shape[1]
     q, do = queries(call.x.q, part).to(lse.dtype), do[at].to(lse.dtype)
     # keys that fit one tile give p and delta afresh, which is exact where a row sees a single key
     alone = part.keys.stop - part.keys.start <= KEYS and not call.options.chunk
     pivot, inverse = lse[at][..., None], torch.ones((), dtype=lse.dtype, device=q.device)
-    if not alone and call.x.bias is not None and not call.options.chunk:
+    if call.options.chunk:
+        pivot, inverse = state[part.batch, :, :, part.rows, None].unbind(1)
+    elif not alone and call.x.bias is not None:
         pivot, inverse = _row_state(call, part, q)
     pivot = pivot.masked_fill(pivot == -math.inf, 0)
     scale = _scale(call, part.batch)
