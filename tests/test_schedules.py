@@ -27,10 +27,15 @@ SCHEDULES = {
         forward=TILE._replace(packed=True),
         backward_schedule="two-pass",
         dq=TILE._replace(splits=2),
-        dkv=TILE._replace(splits=3),
-        bias_grad=TILE._replace(splits=3),
+        dkv=Config(16, 32, 4, 1, splits=3),
+        bias_grad=Config(16, 32, 4, 1, splits=3),
     ),
-    "descriptors": dict(forward=TILE._replace(descriptors=True), backward_schedule="two-pass"),
+    # of the forward alone; the larger the tiles of the backward, the sooner the interpreter is done with it
+    "descriptors": dict(
+        forward=TILE._replace(descriptors=True),
+        backward_schedule="two-pass",
+        **dict.fromkeys(("dq", "dkv", "bias_grad"), Config(64, 64, 4, 1)),
+    ),
 }
 REFUSES = {"short keys": "one batch entry of q", "short queries": "one batch entry of k and v"}
 # one of each kind; what only changes the layout or a constant is the battery's
