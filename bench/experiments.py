@@ -90,6 +90,7 @@ ONE_HEAD = Case(
 VIDEO = Case("video", 1, 16, 16, 64, 65536, 64, layout="bshd", source="resampler, 64 latents, 256 frames of 256 tokens")
 EVEN = Case("even", 16, 20, 20, 448, 1536, 64, layout="bshd", source="Whisper, training, with keys to fill whole tiles")
 IN_ORDER = "The second product of a tile waits in the loop for the exponentials of the same tile instead of the next."
+TILES_64 = "Tiles of 128 keys, or two stages, instead of 64 keys and three stages."
 SPECIALISED = "`warp_specialize=True`: one warp loads tiles of keys, and two warpgroups take half of the queries each."
 
 
@@ -97,6 +98,10 @@ def specialised(*keys: int) -> Callable[[Plan], list[Way]]:
     """By tiles of so many keys."""
     tiles = {n: dict(forward=Config(128, n, 4, 2, descriptors=True)) for n in keys}
     return lambda p: [Way(f"tiles of {n} keys", 0.95, tile, "specialised") for n, tile in tiles.items()]
+
+
+def tile_64(keys: int) -> dict[str, Any]:
+    return dict(forward=Config(128, keys, 8, 2))
 
 
 EXPERIMENTS = (
@@ -179,6 +184,29 @@ EXPERIMENTS = (
         "ship.",
         "Waves of one program a multiprocessor: one program a tile leaves 120 of 132 idle. Partial sums for nothing.",
         WINDOWS, ("bias_grad_kernel", "fold_kernel"), sweep("bias_grad", 12, 1, (1, 6, 11, 33)),
+    ),
+    Experiment(
+        "tiles of the forward, D = 64, whole", TILES_64,
+        "Where keys fill whole tiles two programs share a multiprocessor, and each takes 71 % of its exponentials "
+        "while it multiplies itself. Tiles of 128 keys leave room for one program, with 0.82 of the instructions; two "
+        "stages of 64 keys overlap nothing.",
+        EVEN, FORWARD, lambda p: [Way("128 x 128", 1.05, tile_64(128)), Way("128 x 64, two stages", 1.05, tile_64(64))],
+    ),
+    Experiment(
+        "tiles of the forward, D = 64, ragged", TILES_64,
+        "Where the last tile is not full, what ships takes 134 registers instead of 122: one program a multiprocessor, "
+        "without overlap. With two stages it has 120 registers, two programs and an overlap of 71 %.",
+        NAMED["W8a"].case, FORWARD,
+        lambda p: [Way("128 x 128", 0.85, tile_64(128)), Way("128 x 64, two stages", 0.8, tile_64(64))],
+    ),
+    Experiment(
+        "tiles of the forward, D = 128", "Tiles of 64 keys instead of 128.",
+        "The same products and exponentials, and twice as many barriers, each of which waits for the slower warpgroup.",
+        NAMED["W2a"].case, FORWARD,
+        lambda p: [
+            Way(f"128 x 64, {stages} stages", 1.1, dict(forward=p.forward._replace(BLOCK_N=64, num_stages=stages)))
+            for stages in (2, 3)
+        ],
     ),
     Experiment(
         "tiles of dk and dv, D = 128", "Smaller tiles than the 64 queries and 128 keys that ship.",

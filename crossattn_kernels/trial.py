@@ -69,10 +69,9 @@ class Job(NamedTuple):
     configs: dict[Config, Config]  # as a table says it: as it is launched; the present one first
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tables.Key:
         """What its configuration is looked up by, as `tables.KEY`."""
-        p = self.problem
-        return "full" if p.dtype.itemsize == 4 else "half", rules.head_size(p), self.kernel, tables.kind_of(p)
+        return tables.key_of(self.problem, self.kernel)
 
     @property
     def identity(self) -> tuple[str, str, str]:

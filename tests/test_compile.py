@@ -117,10 +117,9 @@ def check(arch, row):
     elif arch == "sm_100":
         assert row["utchmma"] and not row.get("hmma"), row
     if arch == "sm_90" and (row["kernel"], row["shape"], row["kind"]) == ("forward_kernel", "two-pass", "plain"):
-        # where D = 64 two programs share a multiprocessor, so that one multiplies while the other takes exponentials;
-        # where columns are padded the compiler waits for the product first
-        least = {64: 0.7, 128: 0.8, 256: 0.8}.get(row["D"], 0)
-        assert row.get("overlapped", 0) >= least and (row["D"] != 64 or row["programs"] == 2), row
+        # up to D = 64 two programs share a multiprocessor, so that one multiplies while the other takes exponentials
+        least, programs = (0.7, 2) if row["D"] <= 64 else (0.8, 1)
+        assert row.get("overlapped", 0) >= least and row["programs"] == programs, row
 
 
 # ---- reports ----

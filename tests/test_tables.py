@@ -65,7 +65,7 @@ def test_kinds(folder, asked, kind):
     """Each has an entry of its own where the table has one, else that of a coarser kind."""
     problem = HALF._replace(**asked)
     assert tables.kind_of(problem) == kind
-    coarser = kind.removeprefix("padded ") if problem.plain else "other"
+    coarser = kind.split()[-1] if problem.plain else "other"
     tables.save(folder / "sm_90.json", "sm_90", [entry(16, kind=coarser)])
     assert tables.lookup(H200, problem, "dq").BLOCK_M == 16
     tables._read.cache_clear()
@@ -74,19 +74,22 @@ def test_kinds(folder, asked, kind):
 
 
 def test_kinds_of_calls():
-    """What is counted, on calls with 16 keys for vectors and with 17."""
+    """What is counted, on calls with 64 keys, in whole vectors and tiles, and with 65."""
 
-    def kind(N=16, **rest):
-        q, k = torch.empty(1, 1, 4, 64, device="meta"), torch.empty(1, 1, N, 64, device="meta")
+    def kind(N=64, D=64, **rest):
+        q, k = torch.empty(1, 1, 4, D, device="meta"), torch.empty(1, 1, N, D, device="meta")
         return tables.kind_of(Problem.of(*canonical(q, k, k, **rest)))
 
-    def bias(N=16):
+    def bias(N=64):
         return torch.empty(1, 1, 4, N, device="meta")
 
-    keys = Mask.key_padding(torch.empty(1, 16, dtype=torch.bool, device="meta"))
+    keys = Mask.key_padding(torch.empty(1, 64, dtype=torch.bool, device="meta"))
     blocks = Mask.blocks(torch.empty(1, 1, 1, 1, dtype=torch.bool, device="meta"))
-    assert kind() == "plain" and kind(mask=keys) == kind(gate=bias()[..., :1]) == kind(softcap=3.0) == "other"
-    assert kind(bias=bias()) == "pairs" and kind(17, bias=bias(17)) == kind(mask=blocks) == "scattered"
+    assert [kind(64), kind(65), kind(64, 72), kind(65, 72)] == [
+        "plain", "ragged plain", "padded plain", "ragged padded plain",
+    ]  # fmt: skip
+    assert kind(mask=keys) == kind(gate=bias()[..., :1]) == kind(softcap=3.0) == "other"
+    assert kind(bias=bias()) == "pairs" and kind(65, bias=bias(65)) == kind(mask=blocks) == "scattered"
     assert kind(mask=keys, bias=bias()) == kind(softcap=3.0, empty_rows="uniform") == "several"
     assert kind(dropout_p=0.1) == kind(dropout_p=0.1, bias=bias(), mask=keys) == "dropout"
     assert kind(dropout_p=0.1, bias=bias(), mask=keys, softcap=3.0) == "many"

@@ -41,7 +41,7 @@ def test_named_workloads_meet_every_kernel_head_size_and_kind():
     seen = {job.key for job in trial.jobs(tune.workloads((), (), "bfloat16"), tuple(trial.LAUNCHES), CPU)}
     assert {key[2] for key in seen} == trial.LAUNCHES.keys()
     assert {key[1] for key in seen} == {64, 128, 256}
-    assert {key[3] for key in seen} > {"plain", "padded plain", "ranges", "other"}
+    assert {key[3] for key in seen} > {"plain", "ragged plain", "ragged padded plain", "ranges", "other"}
 
 
 def test_descriptors_are_tried_where_rows_are_aligned():

@@ -34,6 +34,7 @@ from crossattn_kernels.kernels.tiles import (
     dot,
     dot_in_pairs,
     finite,
+    load_lasting,
     load_rows,
     load_vec,
     program,
@@ -85,14 +86,14 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, splits, Hq, M, N,
     entries = tl.num_programs(0) // (tl.cdiv(M, C.BLOCK_M) * Hq * splits)
     rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
     d, dv = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
-    q_tile = load_rows(q, shared, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
+    q_tile = load_lasting(q, shared, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
     acc = tl.zeros([C.BLOCK_M, C.BLOCK_D], tl.float32)
     scale = head_scale(logits, shared, h)
     # at D = 256 a second loop does not fit the registers, and the end of the keys is but one selection an entry
     ONE_LOOP: tl.constexpr = (C.EDGE_STAGES > 0) & (C.BLOCK_D > 128) & (not C.HIDES)
     for entry in tl.range(0, batches):
         b = shared + entry
-        do_tile = load_rows(do, b, h, rows, dv, M, C.DV)  # (BLOCK_M, BLOCK_DV)
+        do_tile = load_lasting(do, b, h, rows, dv, M, C.DV)  # (BLOCK_M, BLOCK_DV)
         tiles = q_tile, do_tile, down(load_row(known, b, h, rows, M))
         none = tl.zeros([C.BLOCK_M], tl.float32)
         found = acc, none, (none, none, none)
@@ -155,7 +156,7 @@ def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, 
     split, shared = rest % splits, rest // splits
     keys = tile * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
     d, e = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
-    tiles = load_rows(k, shared, hk, keys, d, N, C.D), load_rows(v, shared, hk, keys, e, N, C.DV)
+    tiles = load_lasting(k, shared, hk, keys, d, N, C.D), load_lasting(v, shared, hk, keys, e, N, C.DV)
     found = (
         tl.zeros([C.BLOCK_N, C.BLOCK_D if dk is not None else 1], tl.float32),  # one column: no sum
         tl.zeros([C.BLOCK_N, C.BLOCK_DV if dv is not None else 1], tl.float32),

@@ -28,6 +28,7 @@ from crossattn_kernels.kernels.tiles import (
     descriptor,
     dot,
     key_tile,
+    load_lasting,
     load_rows,
     load_vec,
     packed_program,
@@ -59,7 +60,7 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
     split, b, hk, h, rows = packed_program(splits, Hq, M, C)
     d = tl.arange(0, C.BLOCK_D)
     scale = head_scale(logits, b, column(h))
-    q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
+    q_tile = load_lasting(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
     if C.TMA:
         k = descriptor(k, b, hk, N, C.D, C.BLOCK_N, C.BLOCK_D)
         v = descriptor(v, b, hk, N, C.DV, C.BLOCK_N, C.BLOCK_DV)

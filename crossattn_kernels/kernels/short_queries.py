@@ -23,6 +23,7 @@ from crossattn_kernels.kernels.tiles import (
     dot,
     dot_in_pairs,
     finite,
+    load_lasting,
     load_rows,
     packed_program,
     share,
@@ -40,8 +41,8 @@ def short_queries_kernel(q, k, v, do, dk, dv, sums, known, logits, drop, splits,
     d, e = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
     heads = h if len(h.shape) == 0 else h[None, :]
     scale = head_scale(logits, b, heads)
-    q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
-    do_tile = load_rows(do, b, h, rows, e, M, C.DV)  # (BLOCK_M, BLOCK_DV)
+    q_tile = load_lasting(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
+    do_tile = load_lasting(do, b, h, rows, e, M, C.DV)  # (BLOCK_M, BLOCK_DV)
     row = across(load_row(known, b, h, rows, M))
     dq_acc = tl.zeros([C.BLOCK_D, C.BLOCK_M], tl.float32)
     gate_sum = tl.zeros([C.BLOCK_M], tl.float32)

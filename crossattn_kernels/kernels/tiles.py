@@ -60,14 +60,9 @@ def column(h):
 
 
 @triton.jit
-def inside(rows, cols, n, WIDTH: tl.constexpr, WHOLE: tl.constexpr = False):
-    """Which entries of a tile exist: all rows of a WHOLE tile; columns unless the head size was padded."""
-    ok = None
-    if not WHOLE:
-        ok = rows[:, None] < n
-    if cols.shape[0] != WIDTH:
-        ok = cols[None, :] < WIDTH if WHOLE else ok & (cols[None, :] < WIDTH)
-    return ok
+def inside(rows, cols, n, WIDTH: tl.constexpr):
+    """Which entries of a tile exist: columns all do unless the head size was padded."""
+    return rows[:, None] < n if cols.shape[0] == WIDTH else (rows[:, None] < n) & (cols[None, :] < WIDTH)
 
 
 @triton.jit
@@ -78,10 +73,7 @@ def descriptor(x, b, h, n, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.con
 
 @triton.jit
 def key_tile(x, b, h, first, n, WIDTH: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr):
-    """x[b, h, first : first + BLOCK_N], 0 outside: (BLOCK_N, COLS); with TMA, x is the descriptor of x[b, h].
-
-    All rows of a WHOLE tile exist.
-    """
+    """x[b, h, first : first + BLOCK_N] as `load_rows` gives it: (BLOCK_N, COLS); with TMA, x is the descriptor."""
     if C.TMA:
         return x.load([first, 0])
     else:
@@ -90,10 +82,33 @@ def key_tile(x, b, h, first, n, WIDTH: tl.constexpr, COLS: tl.constexpr, WHOLE: 
 
 @triton.jit
 def load_rows(x, b, h, rows, cols, n, WIDTH: tl.constexpr, WHOLE: tl.constexpr = False):
-    """x[b, h, rows, cols], 0 outside: (rows, cols)."""
+    """x[b, h, rows, cols], 0 outside: (rows, cols).
+
+    All rows of a WHOLE tile exist, and its columns past WIDTH repeat the first ones: zeros of another tile multiply
+    them, or what becomes of them is not stored.
+    """
+    if WHOLE:
+        cols = cols if cols.shape[0] == WIDTH else cols % WIDTH
+        return tl.load(at(x, (b, column(h), rows[:, None], cols[None, :])))
     where = at(x, (b, column(h), rows[:, None], cols[None, :]))
-    ok = inside(rows, cols, n, WIDTH, WHOLE)
-    return tl.load(where) if ok is None else tl.load(where, mask=ok, other=0.0)
+    return tl.load(where, mask=inside(rows, cols, n, WIDTH), other=0.0)
+
+
+@triton.jit
+def load_lasting(x, b, h, rows, cols, n, WIDTH: tl.constexpr):
+    """`load_rows` of a tile that lasts through a loop.
+
+    A mask that others have too would last as well, in a predicate, and with one for columns ptxas runs none of the
+    loop's exponentials while it multiplies.  So here both bounds are numbers that the compiler does not know.
+    """
+    if cols.shape[0] == WIDTH:
+        return load_rows(x, b, h, rows, cols, n, WIDTH)
+    else:
+        zero = tl.minimum(n, 0)
+        width = tl.multiple_of(WIDTH + zero, WIDTH & -WIDTH)
+        end = n + zero if cols.shape[0] <= 128 else n  # larger tiles are short of registers
+        where = at(x, (b, column(h), rows[:, None], cols[None, :]))
+        return tl.load(where, mask=(rows[:, None] < end) & (cols[None, :] < width), other=0.0)
 
 
 @triton.jit

@@ -109,7 +109,8 @@ def split_keys(config: Config, problem: Problem, chip: Chip) -> Config:
     if p.group > 1 and p.M < config.BLOCK_M // 2:
         config = config._replace(packed=True, BLOCK_M=min(config.BLOCK_M, max(16, power_of_two(p.M * p.group))))
     if config.BLOCK_M <= 32 and p.dtype.itemsize == 2:  # rows for two warps, and keys for the others
-        config = config._replace(num_warps=min(config.num_warps, 4), BLOCK_N=min(config.BLOCK_N, 64))
+        keys = 64 if head_size(p) < 256 else 32
+        config = config._replace(num_warps=min(config.num_warps, 4), BLOCK_N=min(config.BLOCK_N, keys))
     rows, heads = (p.M * p.group, p.Hk) if config.packed else (p.M, p.Hq)
     programs = -(-rows // config.BLOCK_M) * p.B * heads
     partial = 2 * 4 * config.BLOCK_M * (p.Dv + 2)  # fp32, written and read

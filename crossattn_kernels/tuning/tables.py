@@ -25,9 +25,14 @@ SCHEMA = 1
 FOLDER = Path(__file__).with_name("tables")
 KEY = ("dtype", "D", "kernel", "kind")
 # where a table has no entry of a kind, it is that of another
-COARSER = {"padded plain": "plain", "padded ranges": "ranges"} | dict.fromkeys(
-    ("pairs", "scattered", "dropout", "several", "many"), "other"
-)
+COARSER = {
+    "ragged padded plain": "padded plain",
+    "ragged plain": "plain",
+    "padded plain": "plain",
+    "padded ranges": "ranges",
+    **dict.fromkeys(("pairs", "scattered", "dropout", "several", "many"), "other"),
+}
+RAGGED = 64  # a plain call is ragged if its keys are no multiple of so many: one tile is not full, in a loop of its own
 Key = tuple[str, int, str, str]
 Version = tuple[int, ...]
 Table = dict[Key, dict[Version, Config]]  # by KEY, then by Triton's version
@@ -46,10 +51,11 @@ def lookup(chip: Chip, problem: Problem, kernel: str) -> Config | None:
     key = key_of(problem, kernel)
     if key in SUPPOSED:
         return SUPPOSED[key]
-    table, config = _read(path), None
-    for kind in (key[-1], COARSER.get(key[-1], "")):
+    table, kind, config = _read(path), key[-1], None
+    while kind and config is None:
         found = table.get((*key[:-1], kind), {})
-        config = config or found.get(max((version for version in found if version <= installed), default=()))
+        config = found.get(max((version for version in found if version <= installed), default=()))
+        kind = COARSER.get(kind, "")
     measured = path.stem == chip.arch  # with less shared memory than `shared_bytes` allows for
     return config if config and (measured or shared_bytes(kernel, config, problem) <= chip.shared) else None
 
@@ -63,8 +69,8 @@ def kind_of(problem: Problem) -> str:
     """What a call asks for besides q, k and v, as finely as the registers that it takes."""
     p = problem
     if p.plain:
-        padded = max(p.D, p.Dv) != head_size(p)
-        return ("padded " if padded else "") + ("ranges" if p.masked else "plain")
+        padded = "padded " if max(p.D, p.Dv) != head_size(p) else ""
+        return padded + "ranges" if p.masked else ("ragged " if p.N % RAGGED else "") + padded + "plain"
     if p.extras > MOST_EXTRAS:
         return "many"
     if p.drops:
