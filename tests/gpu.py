@@ -70,6 +70,10 @@ SCHEDULES = [
     for name, kind in dict(plain=REAL, ranges=replace(REAL, mask="ranges"), everything=EVERYTHING).items()
     for D in (64, 128, 256)
     for M, N in ((600, 600), (700, 128), (700, 32), (32, 700), (1, 4096))
+] + [
+    replace(REAL, name=f"{M} x {N}, D {D}, plain", M=M, N=N, D=D)
+    for M, N in ((600, 640), (32, 704))  # keys that are not ragged
+    for D in (40, 64, 72, 128, 160, 256)
 ]
 # what tables know apart besides; rows of a bias are loaded by vectors only where N is a multiple of 16
 FULL_TILES = ((600, 600), (700, 77), (32, 700))

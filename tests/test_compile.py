@@ -157,11 +157,7 @@ def test_the_report_has_no_spills(arch):
 # bytes a thread; docs/schedules.md says why
 SPILLS = {
     "sm_80": {
-        "dq_kernel of fewer keys bf16 D64 everything": 96,
         "forward_kernel of short keys bf16 D256 keys, bias, dropout": 184,
-        "forward_kernel of split bf16 D256 ranges": 16,
-        "forward_kernel of split bf16 D256 keys": 8,
-        "dq_kernel of split bf16 D256 everything": 16,
     },
     "sm_90": {
         "dkv_kernel of short queries bf16 D128 blocks": 8,
@@ -171,15 +167,11 @@ SPILLS = {
         "dkv_kernel of short queries bf16 D256 ranges, softcap": 8,
         "dkv_kernel of short queries bf16 D256 bits, ranges": 8,
         "forward_kernel of packed decode bf16 D256 blocks": 8,
-        "dkv_kernel of two-pass bf16 D160 ranges": 16,
+        "dkv_kernel of two-pass bf16 D160 ranges": 8,
     },
     "sm_100": {
-        "dkv_kernel of short keys bf16 D64 channel gate": 32,
-        "dq_kernel of fewer keys bf16 D64 everything": 24,
         "dq_kernel of short queries bf16 D128 bits": 8,
-        "dkv_kernel of short keys bf16 D256 blocks": 8,
         "dkv_kernel of short queries bf16 D256 keys, bias, dropout": 8,
-        "forward_kernel of split bf16 D256 ranges": 88,
         "forward_kernel of packed decode bf16 D256 keys": 8,
         "dkv_kernel of two-pass fp32 D64 everything": 24,
     },
