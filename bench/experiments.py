@@ -20,7 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    sys.exit(f"bench.experiments needs a python3 with torch: this one, {sys.executable}, has no {error.name}")
 
 from bench import rows
 from bench.clocks import said

@@ -14,8 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+try:
+    import torch
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    sys.exit(f"bench.layers needs a python3 with torch: this one, {sys.executable}, has no {error.name}")
 
 from bench import clocks, jobs, rows
 from bench.measure import peak_of

@@ -3,6 +3,8 @@
 import atexit
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -255,3 +257,13 @@ def test_a_row_of_a_gpu_has_every_clock(device, tmp_path):
     assert row["over_floor"] == pytest.approx(row["cold_p50_us"] / row["floor_us"])
     rows.append(setting.path, row)
     assert "cold 2000 warm 2000 graph 200" in jobs.line(row)
+
+
+WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module(sys.argv[1], run_name='__main__')"
+
+
+@pytest.mark.parametrize("module", ["bench.run", "bench.layers", "bench.experiments"])
+def test_without_torch_one_sentence(module):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, module], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"{module} needs a python3 with torch: ")
