@@ -23,6 +23,8 @@ from crossattn_kernels.problem import EMPTY_ROWS, Inputs, Options, canonical, fi
 Pair = tuple[Tensor, Tensor]
 Chunk = Pair | Callable[[], Pair]
 Autocasts = list[tuple[str, torch.dtype, bool]]  # type of device, dtype, enabled
+# the exponential of a backend's states and the natural logarithm of its base
+BASES = {"triton": (torch.exp2, math.log(2)), "torch": (torch.exp, 1.0)}
 forward_op, backward_op = torch.ops.crossattn.forward, torch.ops.crossattn.backward
 
 
@@ -100,7 +102,7 @@ def cross_attention_chunked(
 class State(NamedTuple):
     """The softmax of some keys, fp32 or wider; lse alone would round `total` away beside a large `high`."""
 
-    acc: Tensor  # (..., M, Dv), the output times total
+    acc: Tensor  # (..., M, Dv), the output times total: sums of it round less than means
     high: Tensor  # (..., M), the largest logit, -inf where there is none
     total: Tensor  # (..., M), sum of the exponentials of (logit - high)
 
@@ -149,7 +151,7 @@ def _forward(
     """(o, lse, state, plan); state as `ops.forward_op` documents it, of all chunks."""
     plan = Plan([], [], settings)
     joint: State | None = None
-    first, sizes, exp, unit = 0, None, torch.exp, 1.0
+    first, sizes = 0, None
     wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with _entered(_autocasts(q.device)) if any(map(callable, chunks)) else contextlib.nullcontext():
         for i, chunk in enumerate(chunks):
@@ -163,16 +165,17 @@ def _forward(
                 x, options, backend = _call(q, k, v, bias, seed, piece, settings)
                 sizes = _check_sizes(i, x, sizes)
                 o, _, _, state, _ = forward_op(*x, *options, backend)
-                exp, unit = (torch.exp2, math.log(2)) if backend == "triton" else (torch.exp, 1.0)
+                exp, unit = BASES[backend]
                 high, total = state[:, 0], 1 / state[:, 1]
                 found = State(o * total[..., None], high, total)
                 joint = found if joint is None else merge(joint, found, exp)
             first = piece.last
     assert joint is not None, "there is at least one chunk"
-    total = joint.total.masked_fill(joint.total == 0, 1)
-    o, (B, Hq, M, Dv) = joint.acc / total[..., None], joint.acc.shape
-    lse = joint.high * unit + total.log()
-    return q.new_empty(B, M, Hq, Dv).transpose(1, 2).copy_(o), lse, torch.stack((joint.high, 1 / total), 1), plan
+    acc, high, total = joint
+    total = total.masked_fill(total == 0, 1)
+    B, Hq, M, Dv = acc.shape
+    o = q.new_empty(B, M, Hq, Dv).transpose(1, 2).copy_(acc / total[..., None])
+    return o, high * unit + total.log(), torch.stack((high, 1 / total), 1), plan
 
 
 def _call(

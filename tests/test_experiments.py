@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from bench import experiments, variants
-from bench.experiments import EXPERIMENTS, Experiment, Job, Way, measured, page, read, work
+from bench.experiments import Job, measured, page, read, work
+from bench.hypotheses import EXPERIMENTS, FORWARD, Experiment, Way, half, plan_of, ways_of
 from bench.jobs import DONE, LEFT_OUT, PENDING
 from crossattn_kernels import kernels, testing, trial, tuning
 from crossattn_kernels.kernels.launch import LAUNCHERS
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 CASE = Case("small", 1, 2, 1, 40, 70, 16)
 
 
-def experiment(*ways, kernels=experiments.FORWARD):
+def experiment(*ways, kernels=FORWARD):
     return Experiment("small one", "Why?", "Because.", CASE, kernels, lambda plan: list(ways))
 
 
@@ -85,7 +86,7 @@ def test_variants_run_in_place_of_what_ships(monkeypatch, name):
 
 SPECIALISED = """
 import torch
-from bench.experiments import EXPERIMENTS, half, ways_of
+from bench.hypotheses import EXPERIMENTS, half, ways_of
 from bench.variants import forward_by
 from crossattn_kernels import kernels, testing, tuning
 from crossattn_kernels.aot.target import launched, standing_in
@@ -108,16 +109,16 @@ def test_warps_are_specialised():
     assert done.stdout.split() == ["True"] * 4, done.stderr[-2000:]
 
 
-def test_all_ways_can_be_planned_on_an_h200():
+def test_all_ways_can_be_planned_on_an_h200_and_are_not_what_ships():
     names = [e.name for e in EXPERIMENTS]
     assert len(set(names)) == len(names)
     for e in EXPERIMENTS:
         with tuning.assumed("sm_90"):
-            ways = experiments.ways_of(e, torch.device("meta"))
+            ways, ships = ways_of(e, torch.device("meta")), plan_of(half(e.case), torch.device("meta"))
             assert ways and all(way.predicted > 0 for way in ways.values())
             for way in ways.values():
                 with tuning.force(**way.changes):
-                    assert experiments.plan_of(experiments.half(e.case), torch.device("meta"))
+                    assert plan_of(half(e.case), torch.device("meta")) != ships or way.variant, (e.name, way.name)
 
 
 def test_what_is_late_is_left_out_and_lines_are_kept(tmp_path, monkeypatch):

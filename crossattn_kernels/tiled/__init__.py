@@ -42,8 +42,8 @@ def _attend(call: Call, may_flash: bool = True) -> tuple[Tensor, Tensor, Tensor]
     call = replace(call, x=_by_head(call.x, work))
     x, (B, Hq, M, _) = call.x, call.x.sizes
     laid_out = x.q.stride(0) >= x.q.stride(2) >= x.q.stride(1)  # the kernel lays o out as q
-    alone = len(work) == 1 and (laid_out or len(list(flash.cached(x, work[0]))) == 1) and not call.options.chunk
-    if alone and flash.can(call, work[0]):
+    whole = len(work) == 1 and not call.options.chunk
+    if whole and (laid_out or len(list(flash.cached(x, work[0]))) == 1) and flash.can(call, work[0]):
         o, lse = flash.forward(call, work[0])
         # a copy made now costs less than one into memory set aside before
         return o.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), lse.new_empty(0)
