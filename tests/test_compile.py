@@ -172,7 +172,6 @@ SPILLS = {
     },
     "sm_100": {
         "dq_kernel of short queries bf16 D128 bits": 8,
-        "dkv_kernel of short queries bf16 D256 keys, bias, dropout": 8,
         "forward_kernel of packed decode bf16 D256 keys": 8,
         "dkv_kernel of two-pass fp32 D64 everything": 24,
     },
