@@ -129,16 +129,16 @@ class Settings(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One chunk: how to get it, where its keys lie in the whole, which of the plan's inputs it depends on."""
+    """One chunk: how to get it, where its keys lie in the whole, which of the plan's inputs want a gradient from it."""
 
-    chunk: Chunk
+    chunk: Callable[[], Pair] | tuple[int, int]  # k and v among the plan's inputs
     first: int
     last: int
     inputs: tuple[int, ...]
 
 
 class Plan(NamedTuple):
-    """All pieces, and every tensor they depend on, each once."""
+    """All pieces, and every tensor that autograd keeps for them, each once: one that changes meanwhile is an error."""
 
     pieces: list[Piece]
     inputs: list[Tensor]
@@ -149,16 +149,18 @@ def _forward(
     q: Tensor, chunks: Sequence[Chunk], bias: Tensor | None, seed: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Plan]:
     """(o, lse, state, plan); state as `ops.forward_op` documents it, of all chunks."""
-    plan = Plan([], [], settings)
+    plan = Plan([], _tensors(settings.mask), settings)
     joint: State | None = None
     first, sizes = 0, None
     wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with _entered(_autocasts(q.device)) if any(map(callable, chunks)) else contextlib.nullcontext():
-        for i, chunk in enumerate(chunks):
+        for i, given in enumerate(chunks):
+            chunk = given if callable(given) else _pair(given)
             k, v, ends = _evaluate(chunk, wanted)
             if k.ndim != 4:
                 canonical(q, k, v)  # says so
-            piece = Piece(chunk, first, first + k.shape[2], tuple(_index(plan.inputs, t) for t, _ in ends))
+            where = chunk if callable(chunk) else (_index(plan.inputs, chunk[0]), _index(plan.inputs, chunk[1]))
+            piece = Piece(where, first, first + k.shape[2], tuple(_index(plan.inputs, t) for t, _ in ends))
             plan.pieces.append(piece)
             _check_widths(settings.mask, bias, piece.last, q, last=i == len(chunks) - 1)
             with torch.no_grad():
@@ -272,7 +274,7 @@ class ChunkedBackward(torch.autograd.Function):
         with _entered(autocasts):
             for piece in plan.pieces:
                 carried = any(need[i] for i in piece.inputs)
-                k, v, ends = _evaluate(piece.chunk)
+                k, v, ends = _evaluate(piece.chunk if callable(piece.chunk) else [inputs[i] for i in piece.chunk])
                 x, options, backend = _call(q, k, v, bias, seed, piece, plan.settings)
                 wanted = [need_q, carried, carried, need_bias, False, False]
                 dq_part, dk, dv, dbias_part, _, _ = backward_op(
@@ -308,17 +310,20 @@ def _carry(piece: Piece, pair: Pair, grads_of_pair: Pair, ends: list[Tensor], gr
 # ---- what a chunk depends on ----
 
 
-def _evaluate(chunk: Chunk, wanted: bool = True) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+def _evaluate(
+    chunk: Callable[[], Pair] | Sequence[Tensor], wanted: bool = True
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """(k, v, ends): ends are pairs of a tensor that wants a gradient and what stands for it in the graph of k and v.
 
     wanted: whether there will be gradients; if not, there are no ends, and a function builds no graph.
     """
     if not wanted:
-        return *_pair(chunk() if callable(chunk) else chunk), []
+        k, v = _pair(chunk()) if callable(chunk) else chunk
+        return k, v, []
     if not callable(chunk):
         ends: list[tuple[Tensor, Tensor]] = []
         # one tensor may be both, and v may have been computed from k: autograd adds that up outside
-        k, v = (_leaf(t, ends) for t in _pair(chunk))
+        k, v = (_leaf(t, ends) for t in chunk)
         return k, v, ends
     with torch.enable_grad():
         function, ends = _cut(chunk)
@@ -390,6 +395,11 @@ def _leaves(k: Tensor, v: Tensor, start: int, known: set[int]) -> list[Tensor]:
             nodes += [parent for parent, _ in node.next_functions if parent is not None]
     unique = {id(t): t for t in leaves}
     return [t for i, t in unique.items() if i not in known]
+
+
+def _tensors(mask: Mask | None) -> list[Tensor]:
+    fields = () if mask is None else (mask.start, mask.end, mask.keys, mask.visible)
+    return [t for t in fields if t is not None]
 
 
 def _index(known: list[Tensor], t: Tensor) -> int:

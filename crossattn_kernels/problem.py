@@ -15,6 +15,7 @@ from torch import Tensor
 from crossattn_kernels.masks import Mask, as_range
 
 EMPTY_ROWS = ("zero", "uniform", "attend_all")
+MANY_KEYS = 256  # of which a kernel of its own finds the first and the last that `keys` shows, before others run
 Fields = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Kind = tuple[torch.device, torch.dtype, int, int]  # with D and Dv: what the choice of a backend looks at
 T = TypeVar("T")
@@ -50,6 +51,16 @@ class Inputs(NamedTuple):
     def group(self) -> int:
         """Query heads that share one key head."""
         return self.q.shape[1] // max(1, self.k.shape[1])
+
+    @property
+    def bounded(self) -> bool:
+        """True when the kernels look for the ends of key padding first: where it is long, and keys alone are hidden."""
+        return self.keys is not None and self.visible is self.bias is None and self.k.shape[2] >= MANY_KEYS
+
+    @property
+    def by_lse(self) -> bool:
+        """True when lse gives p as exactly as 16 bits need; beside a large bias it would hold no digits of p."""
+        return self.q.dtype.itemsize == 2 and self.bias is None
 
     @property
     def gate_varies(self) -> bool:
@@ -100,6 +111,7 @@ class Problem(NamedTuple):
     bias_varies: tuple[bool, ...] | None = None  # along B, Hq, M and N; None without a bias
     plain: bool = True  # nothing but q, k, v, a number as scale and ranges
     sifts: bool = False  # an entry inside the range of its query may be hidden or changed
+    bounded: bool = False  # key padding whose ends are looked for first
     extras: int = 0  # how many of: ranges, keys, visible, bias, gate, scales of heads, softcap, dropout, empty rows
     pairwise: bool = False  # an entry for each query and key is loaded: bias or visible
     scattered: bool = False  # and not by vectors: its rows are not aligned, or groups share it
@@ -107,21 +119,22 @@ class Problem(NamedTuple):
     shares_q: bool = False  # one batch entry of q (k) for all
     shares_k: bool = False
     chunk: bool = False  # the keys are part of a longer whole
-    aligned: bool = True  # rows of q, k, v begin at multiples of 16 bytes
+    aligned: bool = True  # q, k, v and all their rows begin at multiples of 16 bytes
 
     @staticmethod
     def of(x: Inputs, options: Options) -> Problem:
         B, Hq, M, N = x.sizes
         (entries, _, _, D), (others, Hk, _, _) = x.q.shape, x.k.shape
-        sifted, ranged = not x.keys is x.visible is x.bias is None, not x.start is x.end is None
+        pairwise, ranged = not x.visible is x.bias is None, not x.start is x.end is None
         changed = bool(options.softcap), bool(options.dropout_p), options.empty_rows != "zero"
-        pairwise, grouped = not x.visible is x.bias is None, options.query_group * options.key_group > 1
+        grouped = options.query_group * options.key_group > 1
         return Problem(
             B, Hq, Hk, M, N, D, x.v.shape[3], x.q.dtype, x.q.device,
             masked=ranged or not x.keys is x.visible is None,
             bias_varies=None if x.bias is None else tuple(n > 1 for n in x.bias.shape),
-            plain=not sifted and x.gate is x.scale is None and not any(changed),
-            sifts=sifted or options.empty_rows == "uniform",
+            plain=not pairwise and x.keys is x.gate is x.scale is None and not any(changed),
+            sifts=pairwise or (x.keys is not None and not x.bounded) or options.empty_rows == "uniform",
+            bounded=x.bounded,
             extras=ranged + sum(changed) + sum(t is not None for t in (x.keys, x.visible, x.bias, x.gate, x.scale)),
             pairwise=pairwise,
             scattered=pairwise and (grouped or N % 16 != 0),
@@ -153,7 +166,7 @@ class Problem(NamedTuple):
 
 
 def _rows_aligned(t: Tensor) -> bool:
-    return all(n * t.element_size() % 16 == 0 for n in t.stride()[:3])
+    return all(n * t.element_size() % 16 == 0 for n in (t.storage_offset(), *t.stride()[:3]))
 
 
 def matmul_flops(B: int, Hq: int, M: int, N: int, D: int, Dv: int, mode: str) -> int:

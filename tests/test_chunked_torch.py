@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from crossattn_kernels import cross_attention, cross_attention_chunked
+from crossattn_kernels import Mask, cross_attention, cross_attention_chunked
 from tests.test_chunked import Project, grads_of, inputs, keep
 
 
@@ -169,3 +169,30 @@ def test_compile_without_gradients_is_one_graph():
     torch.compiler.reset()
     with torch.no_grad():
         assert torch.equal(torch.compile(f, backend="eager", fullgraph=True)(q, mask), f(q, mask))
+
+
+@pytest.mark.parametrize("change", ["k", "v", "mask"])
+def test_a_tensor_that_changes_before_the_backward_is_an_error(change):
+    """Also one that wants no gradient: what the backward would make of it is not the gradient of what was computed."""
+    q, keep = torch.randn(1, 2, 5, 8, requires_grad=True), torch.ones(1, 12, dtype=torch.bool)
+    chunks = [tuple(torch.randn(1, 2, 6, 8) for _ in range(2)) for _ in range(2)]
+    y = cross_attention_chunked(q, chunks, mask=Mask.key_padding(keep))
+    {"k": chunks[1][0], "v": chunks[0][1], "mask": keep}[change].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_chunks_go_where_saved_tensors_go():
+    """Hooks get every chunk, and the backward works with what they give back."""
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    chunks = [tuple(torch.randn(1, 2, 6, 8) for _ in range(2)) for _ in range(2)]
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (packed.append(t), t.clone())[1], lambda t: t):
+        y = cross_attention_chunked(q, chunks)
+    assert all(any(t is p or t.data_ptr() == p.data_ptr() for p in packed) for pair in chunks for t in pair)
+    want = cross_attention(q, *(torch.cat(ts, 2) for ts in zip(*chunks)))
+    (expected,) = torch.autograd.grad(want.sum(), q)
+    for pair in chunks:
+        for t in pair:
+            t.zero_()
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), q)[0], expected)

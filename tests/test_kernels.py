@@ -78,6 +78,33 @@ def test_a_hidden_key_does_not_leak(backend, name, bad):
     assert all(dirty[n][:, 0][apart].isfinite().all() for n in ("dk", "dv"))
 
 
+@pytest.mark.parametrize(
+    "way", ["two-pass", "split", "short queries", "gate, window", "dropout, uniform", "attend all"]
+)
+def test_long_key_padding(way):
+    """Whose ends are looked for first, so that tiles are left out and others are seen whole; a hidden NaN stays so."""
+    key = torch.arange(300)
+    keep = torch.stack([(key >= 70) & (key < 258), key % 50 > 3, key < 0, (key < 90) ^ (key >= 201)])
+    mask, tile, more = Mask.key_padding(keep), Config(16, 64, 4, 1), {}
+    if way == "gate, window":
+        mask, more = mask & Mask.window(16, 300, -60, 200), dict(gate="head")
+    elif way == "dropout, uniform":
+        more = dict(dropout_p=0.2, empty_rows="uniform")
+    elif way == "attend all":
+        more = dict(empty_rows="attend_all")
+    call = draw(replace(SMALL, B=4, Hq=1, M=16, N=300, **more))._replace(mask=mask)
+    forced = dict(forward=tile._replace(splits=3 if way == "split" else 1), dq=tile, dkv=tile)
+    with tuning.force(**forced, backward_schedule="short queries" if way == "short queries" else "two-pass"):
+        got = run(call, "triton")
+    assert_within_budget(compare(got, run(call, "reference", torch.float64), run(call, "reference")), way)
+    if "empty_rows" not in more:
+        x, options = canonical(*(call.tensors[n].masked_fill(~keep[:, None, :, None], math.nan)
+                                 if n in "kv" else call.tensors[n] for n in "qkv"), mask)  # fmt: skip
+        with tuning.force(**forced):
+            dirty = kernels.forward(x, options)[0]
+        assert dirty.isfinite().all()
+
+
 CROSSED = {
     "nothing": Mask(),
     "causal": Mask.causal(70, 90, "bottom-right"),
@@ -341,7 +368,7 @@ def test_reasons_are_all_given():
 
 def test_none_fields_are_the_default():
     """A view of nothing is None, so that the code behind it is gone."""
-    assert MaskView() == (None,) * 6 + (1, 1)
+    assert MaskView() == (None,) * 6 + (1, 1, 0)
     assert Logits(1.0, None, None, None, MaskView()).mask.start is None and View(None, ()).strides == ()
     assert kernels.unsupported.__doc__
 

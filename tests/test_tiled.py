@@ -228,6 +228,23 @@ def test_nan_that_some_queries_see(mask, more):
     assert_within_budget(rows, case)
 
 
+@pytest.mark.parametrize("more", [{}, {"softcap": 2.0}], ids=["flash", "tiles"])
+def test_nan_in_queries(more):
+    """Of packed segments, and past the last of them: a query that is NaN has no share in others, nor has one of inf."""
+    case = replace(BIG, B=1, M=300, N=280, **more)
+    call = draw(case)._replace(mask=Mask.packed(torch.tensor([0, 120, 260]), torch.tensor([0, 100, 280]), 300))
+    exact, eager = (run(call, *way, through_lse=False) for way in BACKENDS[1:])
+    for bad in (torch.nan, torch.inf):
+        q = call.tensors["q"].clone()
+        q[:, :, 7], q[:, :, 260:] = bad, bad
+        got = run(call._replace(tensors=call.tensors | {"q": q}), "torch", through_lse=False)
+        assert got["y"][:, :, 7].isnan().all()
+        seen = dict(y=(8, 300), lse=(8, 260), dq=(8, 260), dv=(100, 280))
+        rows = compare(*({n: r[n][:, :, slice(*s)] for n, s in seen.items()} for r in (got, exact, eager)))
+        assert_within_budget(rows, case)
+        assert (got["lse"][:, :, 260:] == -torch.inf).all()
+
+
 # ---- queries that see nothing ----
 
 

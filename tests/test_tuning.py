@@ -220,6 +220,14 @@ def test_tiles_are_powers_of_two_and_no_larger_than_the_problem(dtype, D, M, N):
             assert 16 <= block == tuning.power_of_two(block) and (block == 16 or block < 2 * n)
 
 
+def test_rows_and_what_they_begin_at():
+    """A descriptor needs an address of 16 bytes, too."""
+    whole = torch.empty(2 * 8 * 64 * 64 + 8, dtype=torch.bfloat16)
+    for first in (0, 1, 8):
+        k = whole[first : first + 2 * 8 * 64 * 64].view(2, 8, 64, 64)
+        assert Problem.of(Inputs(k, k, k), Options()).aligned == (first % 8 == 0)
+
+
 def test_descriptors_only_where_chip_and_strides_allow():
     wish = tuning.force(forward=Config(128, 64, 8, 2, descriptors=True))
     with wish:

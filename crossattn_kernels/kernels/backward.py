@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossattn_kernels.kernels.bounds import among_pairs, pair, query_range, tile_ranges, whole_queries
+from crossattn_kernels.kernels.bounds import among_pairs, key_bounds, pair, query_range, tile_ranges, whole_queries
 from crossattn_kernels.kernels.launch import Launcher
 from crossattn_kernels.kernels.partials import by_sequence, fold
 from crossattn_kernels.kernels.scores import (
@@ -255,6 +255,7 @@ class Backward:
         self.do = dy if not x.gate_varies else (self.gate * dy).to(dy.dtype)
         self.do = self.do if self.do.stride(3) == 1 else self.do.contiguous()
         self.launch = Launcher.of(self.x, options, (self.do, dlse, o, lse, state, self.free, *map(bool, wanted)))
+        self.bounds = key_bounds(self.launch, self.x)
 
     @cached_property
     def gate(self) -> Tensor:
@@ -279,22 +280,19 @@ class Backward:
         """Launch a kernel that makes p and ds: `arguments` gets its own tensors as they are and what all of these
         kernels take as (q, k, v, do), known, logits and dropout."""
         alone = self.x.sizes[3] <= config.BLOCK_N and not self.options.chunk
-        # p from lse is as exact as 16 bits need, unless a bias makes lse so large that it holds no digits of p
-        by_lse = self.x.q.dtype.itemsize == 2 and self.x.bias is None
-        delta, state = None if alone else self.full_delta, None if by_lse else self.state
-
+        delta, state = None if alone else self.full_delta, None if self.x.by_lse else self.state
         gate = None if self.x.gate is None or self.x.gate_varies else self.gate
 
         def all_arguments(
-            do: Any, lse: Any, state: Any, delta: Any, dlse: Any, free: Any, gate: Any, *rest: Any
+            do: Any, lse: Any, state: Any, delta: Any, dlse: Any, free: Any, bounds: Any, gate: Any, *rest: Any
         ) -> tuple:
             x = Inputs(*rest[: len(self.x)])
             common = (*inputs_view(x), rows_view(do))
             known = Rows(view(lse), view(state), view(delta), view(dlse), *tanh_views(gate, *lse.shape))
-            logits, drop = logits_view(x, self.options, free), dropout_view(x, self.options)
+            logits, drop = logits_view(x, self.options, free, bounds), dropout_view(x, self.options)
             return arguments(common, known, (logits, drop), *rest[len(self.x) :])
 
-        shared = (self.do, self.lse, state, delta, self.dlse, self.free, gate)
+        shared = (self.do, self.lse, state, delta, self.dlse, self.free, self.bounds, gate)
         self.launch(kernel, all_arguments, *shared, *self.x, *tensors, label=label)
 
     def by_queries(self) -> dict[str, Tensor | None]:
@@ -321,7 +319,7 @@ class Backward:
                 B // entries, config.splits, Hq, M, N,
             )  # fmt: skip
 
-        ranges = None if sums else tile_ranges(self.launch, x, self.options, self.free)
+        ranges = None if sums else tile_ranges(self.launch, x, self.options, self.free, self.bounds)
         dk = by_sequence(x.k, config.splits) if self.wanted.k else None
         dv = by_sequence(x.v, config.splits) if self.wanted.v else None
         whole = self.launch.plan.backward_schedule == "short keys" or not apart(self.launch.problem)

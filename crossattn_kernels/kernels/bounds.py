@@ -1,4 +1,4 @@
-"""What is known of a mask before any key is loaded: rows that see nothing, and the key range of every query tile."""
+"""What is known of a mask before any key is loaded: ends of padding, rows that see nothing, ranges of query tiles."""
 
 from __future__ import annotations
 
@@ -12,6 +12,25 @@ from crossattn_kernels.kernels.scores import common_range, key_range, visible
 from crossattn_kernels.kernels.tiles import at, program, store_vec
 from crossattn_kernels.kernels.views import logits_view, view
 from crossattn_kernels.problem import Inputs, Options
+
+PADDING = tl.constexpr(4096)  # keys whose bits are looked at together
+
+
+@triton.jit
+def key_bounds_kernel(bounds, keys, N, C: tl.constexpr):
+    """Of one batch entry: keys [lo, hi), which hold all that are visible, and the first run [first, last) of those."""
+    b = tl.program_id(0)
+    lo, hi, hole = N + 0, N * 0, N + 0
+    for start in tl.range(0, N, PADDING):
+        key = start + tl.arange(0, PADDING)
+        seen = tl.load(at(keys, (b, key)), mask=key < N, other=0) != 0
+        lo = tl.minimum(lo, tl.min(tl.where(seen, key, N)))
+        hi = tl.maximum(hi, tl.max(tl.where(seen, key + 1, 0)))
+        hole = tl.minimum(hole, tl.min(tl.where((key > lo) & ~seen, key, N)))
+    tl.store(at(bounds, (0, b)), lo)
+    tl.store(at(bounds, (1, b)), hi)
+    tl.store(at(bounds, (2, b)), lo)
+    tl.store(at(bounds, (3, b)), hole)
 
 
 @triton.jit
@@ -116,7 +135,19 @@ def contains(ranges, b, h, tile, keys, exists):
     return (first <= tl.min(keys)) & (last > tl.max(keys))
 
 
-def free_rows(launch: Launcher, x: Inputs, options: Options) -> Tensor | None:
+def key_bounds(launch: Launcher, x: Inputs) -> Tensor | None:
+    """int32 (4, 1|B): what key_bounds_kernel finds; None without key padding, or where it is short."""
+    if not x.bounded:
+        return None
+    assert x.keys is not None
+    entries = x.keys.shape[0]
+    bounds = torch.empty(4, entries, dtype=torch.int32, device=x.q.device)
+    if entries:
+        launch(key_bounds_kernel, lambda bounds, keys: (entries, view(bounds), view(keys), x.sizes[3]), bounds, x.keys)
+    return bounds
+
+
+def free_rows(launch: Launcher, x: Inputs, options: Options, bounds: Tensor | None) -> Tensor | None:
     """uint8 (1|B, 1|Hq, M), 1 for rows that the mask leaves empty and `empty_rows` fills; None when it fills none."""
     if options.empty_rows == "zero" or options.mask(x).is_trivial():
         return None
@@ -124,26 +155,28 @@ def free_rows(launch: Launcher, x: Inputs, options: Options) -> Tensor | None:
     free = x.q.new_empty(*options.mask(x).lead(), M, dtype=torch.uint8)
     B, H = free.shape[:2]
 
-    def arguments(free: Tensor, *inputs: Tensor) -> tuple:
-        mask = logits_view(Inputs(*inputs), options, None).mask
+    def arguments(free: Tensor, bounds: Tensor | None, *inputs: Tensor) -> tuple:
+        mask = logits_view(Inputs(*inputs), options, None, bounds).mask
         return triton.cdiv(M, launch.plan.rows.BLOCK_M) * B * H, view(free), mask, H, M, N
 
     if free.numel():
-        launch(free_kernel, arguments, free, *x)
+        launch(free_kernel, arguments, free, bounds, *x)
     return free
 
 
-def tile_ranges(launch: Launcher, x: Inputs, options: Options, free: Tensor | None) -> Tensor | None:
+def tile_ranges(
+    launch: Launcher, x: Inputs, options: Options, free: Tensor | None, bounds: Tensor | None
+) -> Tensor | None:
     """What tile_ranges_kernel finds for the tiles of queries of dkv_kernel, if a field of the mask is a range."""
-    if x.start is None and x.end is None:
+    if x.start is x.end is bounds is None:
         return None
     B, Hq, M, N = x.sizes
     b, h = options.mask(x).lead()
     tiles = triton.cdiv(M, launch.plan.dkv.BLOCK_M)
     ranges = torch.empty(4, b, h, tiles, dtype=torch.int32, device=x.q.device)
 
-    def arguments(ranges: Tensor, free: Tensor | None, *inputs: Tensor) -> tuple:
-        return tiles * b * h, view(ranges), logits_view(Inputs(*inputs), options, free).mask, h, M, N
+    def arguments(ranges: Tensor, free: Tensor | None, bounds: Tensor | None, *inputs: Tensor) -> tuple:
+        return tiles * b * h, view(ranges), logits_view(Inputs(*inputs), options, free, bounds).mask, h, M, N
 
-    launch(tile_ranges_kernel, arguments, ranges, free, *x)
+    launch(tile_ranges_kernel, arguments, ranges, free, bounds, *x)
     return ranges

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossattn_kernels.kernels.bounds import free_rows
+from crossattn_kernels.kernels.bounds import free_rows, key_bounds
 from crossattn_kernels.kernels.launch import Launcher
 from crossattn_kernels.kernels.scores import head_scale, key_range, scores, sifts, touches, whole_range
 from crossattn_kernels.kernels.softmax import (
@@ -145,8 +145,9 @@ def store_result(result, state, b, h, rows, M, C: tl.constexpr):
     out, lse, high, inverse = softmax_finish(state)
     dv = tl.arange(0, C.BLOCK_DV)
     store_vec(result.lse, b, h, rows, M, lse)
-    tl.store(at(result.state, (b, 0, h, rows)), high, mask=rows < M)
-    tl.store(at(result.state, (b, 1, h, rows)), inverse, mask=rows < M)
+    if result.state is not None:
+        tl.store(at(result.state, (b, 0, h, rows)), high, mask=rows < M)
+        tl.store(at(result.state, (b, 1, h, rows)), inverse, mask=rows < M)
     if result.row_gate is not None:
         out *= tanh(load_vec(result.row_gate, b, h, rows, M, 0.0).to(tl.float32))[:, None]
     if result.gate is not None:
@@ -163,8 +164,9 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
     y = x.q.new_empty_strided((B, Hq, M, Dv), (M * Hq * Dv, Dv, Hq * Dv, 1))
     o = torch.empty_like(y) if x.gate_varies else None
     lse = x.q.new_empty(B, Hq, M, dtype=torch.float32)
-    state = x.q.new_empty(B, 2, Hq, M, dtype=torch.float32)
-    free = free_rows(launch, x, options)
+    state = lse.new_empty(B, 2, Hq, M) if options.chunk or not x.by_lse else None
+    bounds = key_bounds(launch, x)
+    free = free_rows(launch, x, options, bounds)
     splits, m, l, acc = launch.plan.forward.splits, None, None, None
     if splits > 1:
         m, l, acc = (
@@ -173,19 +175,21 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
             lse.new_empty(splits * B, Hq, M, Dv),
         )
 
-    def result(x: Inputs, y: Tensor, o: Tensor | None, lse: Tensor, state: Tensor) -> Result:
+    def result(x: Inputs, y: Tensor, o: Tensor | None, lse: Tensor, state: Tensor | None) -> Result:
         gates = (None, view(x.gate, *y.shape)) if x.gate_varies else (row_gate_view(x), None)
         return Result(rows_view(y), rows_view(o), view(lse), view(state), *gates)
 
     def partial(m: Tensor | None, l: Tensor | None, acc: Tensor | None) -> Partial | None:
         return None if m is None else Partial(view(m), view(l), rows_view(acc))
 
-    def stream(y: Any, o: Any, lse: Any, state: Any, m: Any, l: Any, acc: Any, free: Any, *inputs: Any) -> tuple:
+    def stream(
+        y: Any, o: Any, lse: Any, state: Any, m: Any, l: Any, acc: Any, free: Any, bounds: Any, *inputs: Any
+    ) -> tuple:
         x, parts = Inputs(*inputs), partial(m, l, acc)
         return (
             launch.query_tiles(launch.plan.forward) * splits, *inputs_view(x),
             None if parts else result(x, y, o, lse, state), parts,
-            logits_view(x, options, free), dropout_view(x, options), splits, B, Hq, M, N,
+            logits_view(x, options, free, bounds), dropout_view(x, options), splits, B, Hq, M, N,
         )  # fmt: skip
 
     def merge(y: Any, o: Any, lse: Any, state: Any, m: Any, l: Any, acc: Any, gate: Any) -> tuple:
@@ -193,8 +197,8 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
         return tiles, partial(m, l, acc), result(x._replace(gate=gate), y, o, lse, state), splits, B, Hq, M
 
     if B * Hq * M:
-        launch(forward_kernel, stream, y, o, lse, state, m, l, acc, free, *x)
+        launch(forward_kernel, stream, y, o, lse, state, m, l, acc, free, bounds, *x)
         if splits > 1:
             launch(merge_kernel, merge, y, o, lse, state, m, l, acc, x.gate)
     bits = x.q.new_empty(0, dtype=torch.bool) if free is None else free.view(torch.bool)
-    return y, x.q.new_empty(0) if o is None else o, lse, state, bits
+    return y, x.q.new_empty(0) if o is None else o, lse, lse.new_empty(0) if state is None else state, bits

@@ -25,6 +25,7 @@ CONFIGS = {
     "forward_kernel": "forward",
     "merge_kernel": "merge",
     "delta_kernel": "rows",
+    "key_bounds_kernel": "rows",
     "free_kernel": "rows",
     "tile_ranges_kernel": "dkv",
     "dq_kernel": "dq",
@@ -119,7 +120,7 @@ class Launcher:
     def edge_stages(self, config: Config) -> int:
         """A second pipeline for a tile or two would make ptxas serialise the products of the first."""
         p = self.problem
-        if p.sifts:
+        if p.sifts or p.bounded:
             return config.num_stages
         return 1 if p.masked or p.N % config.BLOCK_N else 0
 

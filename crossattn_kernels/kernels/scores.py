@@ -43,17 +43,17 @@ def hide(s, logits, b, h, rows, keys, M, N):
         s += tl.maximum(bias, LOWEST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
         seen &= bias != float("-inf")  # also where the product is NaN
     seen &= visible(logits.mask, b, h, rows, keys, M, N)
-    if logits.mask.flat is not None:
-        flat = row_bit(logits.mask.flat, b, h, rows, M)
-        s, seen = tl.where(flat, 0.0, s), seen | (flat & (keys < N))
+    if logits.mask.UNIFORM:
+        free = row_bit(logits.mask.free, b, h, rows, M)
+        s, seen = tl.where(free, 0.0, s), seen | (free & (keys < N))
     return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
 def logit_grad(ds, logits, b, h, rows, M):
     """Rows whose logits are 0 whatever q, k and bias are pass no gradient on."""
-    if logits.mask.flat is not None:
-        ds = tl.where(row_bit(logits.mask.flat, b, h, rows, M), 0.0, ds)
+    if logits.mask.UNIFORM:
+        ds = tl.where(row_bit(logits.mask.free, b, h, rows, M), 0.0, ds)
     return ds
 
 
@@ -117,7 +117,7 @@ def touches(mask, b, h, rows, keys, M, N, SKIPS: tl.constexpr = True):
 @triton.jit
 def reaches(mask, b, h, rows, keys, M, N, KNOWN: tl.constexpr):
     """Whether any of these queries may see one of these keys by its range; not asked where that is KNOWN."""
-    if KNOWN | ((mask.start is None) & (mask.end is None)):
+    if KNOWN | (not ranged(mask)):
         return True
     else:
         lo, hi = key_range(mask, b, h, rows, M, N)
@@ -127,7 +127,7 @@ def reaches(mask, b, h, rows, keys, M, N, KNOWN: tl.constexpr):
 @triton.jit
 def key_range(mask, b, h, rows, M, N):
     """First and one past the last key that any of these queries may see by its range: scalars (lo, hi)."""
-    if (mask.start is None) & (mask.end is None):
+    if not ranged(mask):
         return 0, N
     else:
         start, end = row_range(mask, b, h, rows, M, N)
@@ -138,7 +138,11 @@ def key_range(mask, b, h, rows, M, N):
 def common_range(mask, b, h, rows, M, N):
     """First and one past the last key that each of these queries sees by its range: scalars (first, last)."""
     start, end = row_range(mask, b, h, rows, M, N)
-    return tl.max(tl.where(rows < M, start, 0)), tl.min(tl.where(rows < M, end, N))
+    first, last = tl.max(tl.where(rows < M, start, 0)), tl.min(tl.where(rows < M, end, N))
+    if mask.bounds is not None:
+        first = tl.maximum(first, tl.load(at(mask.bounds, (2, b))))
+        last = tl.minimum(last, tl.load(at(mask.bounds, (3, b))))
+    return first, last
 
 
 @triton.jit
@@ -150,7 +154,7 @@ def whole_range(logits, b, h, rows, lo, hi, M, N, BLOCK_N: tl.constexpr):
     first, last = lo, hi
     if sifts(logits):
         last = lo
-    elif (logits.mask.start is not None) | (logits.mask.end is not None):
+    elif ranged(logits.mask):
         first, last = common_range(logits.mask, b, h, rows, M, N)
         first, last = tl.maximum(lo, tl.cdiv(first, BLOCK_N) * BLOCK_N), tl.minimum(hi, last)
     last = last // BLOCK_N * BLOCK_N
@@ -162,17 +166,30 @@ def whole_range(logits, b, h, rows, lo, hi, M, N, BLOCK_N: tl.constexpr):
 def sifts(logits):
     """Whether an entry inside the range of its query may be hidden or changed: a constant."""
     mask = logits.mask
-    return (mask.keys is not None) | (mask.visible is not None) | (logits.bias is not None) | (mask.flat is not None)
+    padded = (mask.keys is not None) & (mask.bounds is None)
+    return padded | (mask.visible is not None) | (logits.bias is not None) | (mask.UNIFORM != 0)
+
+
+@triton.jit
+def ranged(mask):
+    """Whether queries see ranges of keys, in which more may be hidden: a constant."""
+    return (mask.start is not None) | (mask.end is not None) | (mask.bounds is not None)
 
 
 @triton.jit
 def row_range(mask, b, h, rows, M, N):
-    """[start, end) of every query of a tile, start perhaps below 0; [N, 0) of one that sees nothing."""
+    """[start, end) of every query of a tile, start perhaps below 0; [N, 0) of one that sees nothing.
+
+    Where key padding has bounds it ends there, too.
+    """
     start, end = tl.zeros_like(rows), tl.zeros_like(rows) + N
     if mask.start is not None:
         start = load_vec(mask.start, b, h, rows, M, 0)
     if mask.end is not None:
         end = tl.minimum(end, load_vec(mask.end, b, h, rows, M, 0))
+    if mask.bounds is not None:
+        start = tl.maximum(start, tl.load(at(mask.bounds, (0, b))))
+        end = tl.minimum(end, tl.load(at(mask.bounds, (1, b))))
     some = start < end
     start, end = tl.where(some, start, N), tl.where(some, end, 0)
     if mask.free is not None:

@@ -44,11 +44,12 @@ class MaskView(NamedTuple):
     start: View | None = None  # (B, Hq, M)
     end: View | None = None  # (B, Hq, M)
     keys: View | None = None  # (B, N)
+    bounds: View | None = None  # (4, B): what `key_bounds_kernel` finds of keys
     visible: View | None = None  # (B, Hq, query groups, key groups)
     free: View | None = None  # (B, Hq, M): nonzero where a row sees every key after all
-    flat: View | None = None  # (B, Hq, M): nonzero where its logits are 0 besides
     query_group: Any = 1  # constant
     key_group: Any = 1
+    UNIFORM: Any = 0  # constant, 1 if all logits of a row that is free are 0
 
 
 class Logits(NamedTuple):
@@ -63,7 +64,7 @@ class Logits(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Draws below `threshold` of 2^24 are dropped, the rest is raised by `factor`."""
+    """Draws below `threshold` of 2^24 are dropped, the rest is multiplied by `factor`."""
 
     seed: Tensor
     threshold: int
@@ -105,18 +106,19 @@ def inputs_view(x: Inputs) -> tuple[View, View, View]:
     return tuple(rows_view(t, B, *t.shape[1:]) for t in (x.q, x.k, x.v))
 
 
-def logits_view(x: Inputs, options: Options, free: Tensor | None) -> Logits:
+def logits_view(x: Inputs, options: Options, free: Tensor | None, bounds: Tensor | None) -> Logits:
     B, Hq, M, N = x.sizes
     groups = (-(-M // options.query_group), -(-N // options.key_group))
     mask = MaskView(
         view(x.start, B, Hq, M),
         view(x.end, B, Hq, M),
         view(x.keys, B, N),
+        view(bounds, 4, B),
         view(x.visible, B, Hq, *groups),
         view(free, B, Hq, M),
-        view(free, B, Hq, M) if options.empty_rows == "uniform" else None,
         constant(options.query_group),
         constant(options.key_group),
+        constant(int(free is not None and options.empty_rows == "uniform")),
     )
     scale = 1.0 if x.scale is not None else options.scale
     return Logits(scale, view(x.scale, B, Hq), options.softcap or None, view(x.bias, B, Hq, M, N), mask)
@@ -169,7 +171,7 @@ class Result(NamedTuple):
     y: View
     o: View | None
     lse: View
-    state: View  # (B, 2, Hq, M): base-2 maximum of the logits, 1 / sum of 2^(s - maximum)
+    state: View | None  # (B, 2, Hq, M): base-2 maximum of the logits, 1 / sum of 2^(s - maximum); if it is kept
     row_gate: View | None
     gate: View | None  # one that varies along Dv
     last: Any = LAST

@@ -18,7 +18,19 @@ from torch import Tensor
 
 from crossattn_kernels.problem import Gradients, Inputs, Options
 from crossattn_kernels.tiled import flash, loop
-from crossattn_kernels.tiled.parts import Call, Part, add, by_keys, few_rows, free_rows, parts, size, small, wide
+from crossattn_kernels.tiled.parts import (
+    Call,
+    Part,
+    add,
+    by_keys,
+    few_rows,
+    free_rows,
+    parts,
+    size,
+    small,
+    trimmed,
+    wide,
+)
 
 READS = 1024  # times that a key is read for which to copy it first is no loss
 FAR = -1e6  # an lse below this has lost digits that p needs
@@ -26,7 +38,7 @@ FAR = -1e6  # an lse below this has lost digits that p needs
 
 def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, o, lse, state, free), as `ops.forward_op` documents; o is kept with any gate, state for chunks."""
-    call = Call(x, options, free_rows(x, options))
+    call = Call(trimmed(x), options, free_rows(x, options))
     o, lse, state = _attend(call)
     none = x.q.new_empty(0)
     free = none.bool() if call.free is None else call.free
@@ -85,6 +97,7 @@ def backward(
     wanted: Gradients,
 ) -> Gradients:
     """Gradients of the inputs for which `wanted` holds something true; o is the ungated output."""
+    x = trimmed(x)
     call, do, dgate = Call(x, options, free), dy, None
     if x.gate is not None:
         t = torch.tanh(x.gate.to(lse.dtype))

@@ -45,8 +45,9 @@ def can(call: Call, part: Part, least: int = 1) -> bool:
         return False
     if call.free is not None and options.empty_rows == "uniform" and of(call.free, part.batch, part.rows).any():
         return False
-    # the kernel multiplies hidden values by 0, which a NaN survives
-    return part.kind == "whole" or call.finite or (finite(keys(x.k, part)) and finite(keys(x.v, part)))
+    # the kernel hides a logit by adding -inf, and multiplies a hidden value by 0, both of which a NaN survives
+    own = queries(x.q, part), keys(x.k, part), keys(x.v, part)
+    return part.kind == "whole" or call.finite or all(map(finite, own))
 
 
 def cached(x: Inputs, part: Part) -> Iterator[Part]:

@@ -85,7 +85,7 @@ def _kept(call: Call, at: Part, p: Tensor) -> Tensor | None:
 
 
 def _dropped(call: Call, kept: Tensor | None, p: Tensor) -> Tensor:
-    """p, 0 where dropped and raised by 1 / (1 - dropout_p) where kept."""
+    """p, 0 where dropped and times 1 / (1 - dropout_p) where kept."""
     return p if kept is None else torch.where(kept, p / (1 - call.options.dropout_p), 0)
 
 

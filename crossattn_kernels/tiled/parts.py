@@ -50,8 +50,8 @@ class Call:
 
     @cached_property
     def finite(self) -> bool:
-        """True only if all of k and v is finite."""
-        return finite(self.x.k) and finite(self.x.v)
+        """True only if all of q, k and v is finite."""
+        return finite(self.x.q) and finite(self.x.k) and finite(self.x.v)
 
     @property
     def by_range(self) -> bool:
@@ -99,6 +99,29 @@ def parts(call: Call, backward: bool = False) -> Iterator[Part]:
             if top < bottom:
                 yield Part(batch, slice(top, bottom), slice(int(start[top]), int(end[bottom - 1])), "causal")
             first = bottom
+
+
+def trimmed(x: Inputs) -> Inputs:
+    """What `keys` hides before the first key that an entry sees, and after the last, is hidden by ranges instead.
+
+    Without holes between them that is all, and `keys` is done with.
+    """
+    if x.keys is None or x.keys.device.type != "cpu":  # elsewhere, to read them would wait for the device
+        return x
+    seen, N = x.keys.numpy(), x.sizes[3]
+    if not seen.size:
+        return x
+    count = seen.sum(1)  # (1|B,)
+    bounds = np.stack((np.where(count, seen.argmax(1), N), np.where(count, N - seen[:, ::-1].argmax(1), 0)))
+    holes = not np.array_equal(count, (bounds[1] - bounds[0]).clip(0))
+    if (bounds == bounds[:, :1]).all():
+        bounds = bounds[:, :1]  # entries with one range stay together
+    start, end = torch.from_numpy(bounds.astype(np.int32))[..., None, None]
+    return x._replace(
+        start=start if x.start is None else torch.maximum(x.start, start),
+        end=end if x.end is None else torch.minimum(x.end, end),
+        keys=x.keys if holes else None,
+    )
 
 
 def _ranges(call: Call, batch: slice) -> tuple[Rows, Rows, bool]:
