@@ -60,6 +60,12 @@ def _lengths(c: Case) -> Mask:
     return Mask.lengths(torch.linspace(c.N / 4, 3 * c.N / 4, c.B).long())
 
 
+def _padding(c: Case) -> Mask:
+    end = _lengths(c).end
+    assert end is not None
+    return Mask.key_padding(torch.arange(c.N) < end[:, 0])
+
+
 def _media(c: Case, count: int, latest: bool) -> Mask:
     """`count` media, evenly spread over the text; each batch entry a few tokens further."""
     step = -(-c.M // count)
@@ -72,6 +78,7 @@ def _media(c: Case, count: int, latest: bool) -> Mask:
 # ranges that hide about half of the keys
 HALF_HIDDEN = _in_layouts(
     Workload("lengths", _sized(4, 8, 512, 1024, 64), _lengths, "padded batch of texts"),
+    Workload("padding", _sized(4, 8, 512, 1024, 64), _padding, "the same as one bit a key, as tokenizers give it"),
     *(
         Workload("causal", _sized(B, 8, M, M, 64), lambda c: Mask.causal(c.M, c.N), "aligned streams")
         for B, M in ((2, 1024), (1, 2048))

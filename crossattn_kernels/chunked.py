@@ -270,7 +270,7 @@ class ChunkedBackward(torch.autograd.Function):
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if need_q else None
         dbias = torch.zeros(bias.shape, dtype=lse.dtype, device=q.device) if need_bias else None
         grads: list[Tensor | None] = [None] * len(inputs)
-        free = q.new_empty(0, dtype=torch.bool)
+        filled = q.new_empty(0, dtype=torch.bool)
         with _entered(autocasts):
             for piece in plan.pieces:
                 carried = any(need[i] for i in piece.inputs)
@@ -278,7 +278,7 @@ class ChunkedBackward(torch.autograd.Function):
                 x, options, backend = _call(q, k, v, bias, seed, piece, plan.settings)
                 wanted = [need_q, carried, carried, need_bias, False, False]
                 dq_part, dk, dv, dbias_part, _, _ = backward_op(
-                    do, dlse, o, lse, state, free, wanted, *x, *options, backend
+                    do, dlse, o, lse, state, filled, wanted, *x, *options, backend
                 )
                 if dq is not None:
                     dq += dq_part

@@ -12,7 +12,7 @@ from torch import Tensor
 from crossattn_kernels import ops, reference, tuning
 from crossattn_kernels.masks import Mask
 from crossattn_kernels.problem import Inputs, Kind, Options, Problem, canonical, one_of
-from crossattn_kernels.tiled.flash import FEW
+from crossattn_kernels.tiled.flash import FEW, beyond
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -163,17 +163,10 @@ def explain(
 
 
 def _on_the_cpu(x: Inputs, options: Options) -> str:
-    """What the torch backend does on the CPU, as far as no value decides it: `tiled.backward`, `tiled.flash.can`."""
-    N, flash = x.k.shape[2], "PyTorch's CPU flash kernel"
-    never = {
-        "D and Dv that differ": x.q.shape[3] != x.v.shape[3],
-        "a tensor as scale": x.scale is not None,
-        "softcap": options.softcap > 0,
-        "dropout": options.dropout_p > 0,
-        "calls without keys": N == 0,
-    }
-    if any(never.values()):
-        return f"tiles, as {flash} does not do {' and '.join(name for name, asked in never.items() if asked)}"
+    """What the torch backend does on the CPU, as far as no value decides it."""
+    N, flash, never = x.k.shape[2], "PyTorch's CPU flash kernel", beyond(x, options)
+    if never:
+        return f"tiles, as {flash} does not do {' and '.join(never)}"
     sure = x.start is x.end is x.keys is x.visible is x.bias is None
     here = flash if sure else f"{flash} where it can, else tiles"
     if x.bias is not None and x.bias.requires_grad:

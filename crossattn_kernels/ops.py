@@ -26,12 +26,12 @@ CALL = (
     "Tensor? bias, Tensor? gate, Tensor? head_scale, Tensor? seed, int query_group, int key_group, "
     "float scale, float softcap, float dropout_p, str empty_rows, int first_key, bool chunk, str backend"
 )
-SAVED = "Tensor dy, Tensor? dlse, Tensor o, Tensor lse, Tensor state, Tensor free, bool[] wanted"
+SAVED = "Tensor dy, Tensor? dlse, Tensor o, Tensor lse, Tensor state, Tensor filled, bool[] wanted"
 NUM_INPUTS, NUM_CALL = len(Inputs._fields), len(Inputs._fields) + len(Options._fields) + 1
 
 LIBRARY = torch.library.Library("crossattn", "DEF")
 for schema in (
-    f"forward({CALL}) -> (Tensor y, Tensor o, Tensor lse, Tensor state, Tensor free)",
+    f"forward({CALL}) -> (Tensor y, Tensor o, Tensor lse, Tensor state, Tensor filled)",
     f"backward({SAVED}, {CALL}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dgate, Tensor dscale)",
 ):
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -65,13 +65,13 @@ def _differentiated(tensors: Iterable[Tensor | None]) -> bool:
 
 @torch.library.impl(LIBRARY, "forward", "CompositeExplicitAutograd")
 def forward_op(*call: Any) -> tuple[Tensor, ...]:
-    """(y, o, lse, state, free); what the backward does not need is empty.
+    """(y, o, lse, state, filled); what the backward does not need is empty.
 
     y: (B, Hq, M, Dv), laid out as (B, M, Hq, Dv), and lse: (B, Hq, M)
     o: as y, without the gate
     state: (B, 2, Hq, M), the maximum of the logits s and 1 / sum of exp(s - maximum), of a chunk, and where lse is not
         exact enough for the kernels' p; theirs is in base 2
-    free: bool (1|B, 1|Hq, M), rows that `empty_rows` fills
+    filled: bool (1|B, 1|Hq, M), rows that `empty_rows` fills
     """
     return _forward(*_unpack(call))
 
@@ -93,7 +93,7 @@ def _gradients(
     o: Tensor,
     lse: Tensor,
     state: Tensor,
-    free: Tensor,
+    filled: Tensor,
     wanted: Sequence[bool],
     *call: Any,
 ) -> Gradients:
@@ -103,9 +103,9 @@ def _gradients(
     o: the forward's o, or its y where that o is empty.
     """
     x, options, backend = _unpack(call)
-    filled = free if _keeps_free(x, options) else None
+    rows = filled if _keeps_filled(x, options) else None
     with _no_autocast(x):
-        grads = _engine(backend).backward(dy, dlse, x, options, o, lse, state, filled, Gradients._make(wanted))
+        grads = _engine(backend).backward(dy, dlse, x, options, o, lse, state, rows, Gradients._make(wanted))
     by_sequence = [None if grad is None else _by_sequence(grad) for grad in grads[:3]]
     return Gradients(*by_sequence, *[None if grad is None else grad.contiguous() for grad in grads[3:]])
 
@@ -124,10 +124,10 @@ def _(*call: Any) -> tuple[Tensor, ...]:
     y = x.q.new_empty(B, M, Hq, x.v.shape[3]).transpose(1, 2)
     o = torch.empty_like(y) if _keeps_o(x, backend) else x.q.new_empty(0)
     lse = x.q.new_empty(B, Hq, M, dtype=torch.promote_types(x.q.dtype, torch.float32))
-    free = (*options.mask(x).lead(), M) if _keeps_free(x, options) else (0,)
+    filled = (*options.mask(x).lead(), M) if _keeps_filled(x, options) else (0,)
     kept = options.chunk or (backend == "triton" and not x.by_lse)
     state = lse.new_empty((B, 2, Hq, M) if kept else (0,))
-    return y, o, lse, state, x.q.new_empty(free, dtype=torch.bool)
+    return y, o, lse, state, x.q.new_empty(filled, dtype=torch.bool)
 
 
 @torch.library.register_fake("crossattn::backward", lib=LIBRARY)
@@ -171,7 +171,7 @@ def _keeps_o(x: Inputs, backend: str) -> bool:
     return x.gate is not None if backend == "torch" else x.gate_varies
 
 
-def _keeps_free(x: Inputs, options: Options) -> bool:
+def _keeps_filled(x: Inputs, options: Options) -> bool:
     return options.empty_rows != "zero" and not options.mask(x).is_trivial()
 
 
@@ -219,10 +219,10 @@ class CrossAttention(Light):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        y, o, lse, state, free = output
-        ctx.mark_non_differentiable(o, state, free)
+        y, o, lse, state, filled = output
+        ctx.mark_non_differentiable(o, state, filled)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y if o.ndim == 1 else o, lse, state, free, *inputs[:NUM_INPUTS])
+        ctx.save_for_backward(y if o.ndim == 1 else o, lse, state, filled, *inputs[:NUM_INPUTS])
         ctx.options = inputs[NUM_INPUTS:]
 
     @staticmethod
@@ -231,11 +231,11 @@ class CrossAttention(Light):
         if dy is None and dlse is None:
             return (None,) * NUM_CALL
         saved = ctx.saved_tensors
-        o, lse, state, free, *inputs = saved
+        o, lse, state, filled, *inputs = saved
         q, k, v, _, _, _, _, bias, gate, scale, _ = ctx.needs_input_grad[:NUM_INPUTS]
         wanted = [q, k, v, bias, gate, scale]
         dy = torch.zeros_like(o) if dy is None else dy
-        args = (dy, dlse, o, lse, state, free, wanted, *inputs, *ctx.options)
+        args = (dy, dlse, o, lse, state, filled, wanted, *inputs, *ctx.options)
         if torch.compiler.is_compiling():
             found = torch.ops.crossattn.backward(*args)
         elif _differentiated((dy, dlse, *saved)):

@@ -285,6 +285,7 @@ PLAIN = Case("plain")
 FEATURES = [
     PLAIN,
     *(replace(PLAIN, name=f"mask {m}", mask=m) for m in MASKS),
+    replace(PLAIN, name="long padding", mask="padding at the ends", N=300),
     *(replace(PLAIN, name=f"{e} {m}", mask=m, empty_rows=e)
       for e in ("uniform", "attend_all") for m in ("ranges", "every second", "all fields", "nothing", "padding")),
     *(replace(PLAIN, name=f"bias {b}", bias=b)

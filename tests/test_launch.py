@@ -93,9 +93,10 @@ def test_every_argument_reaches_its_parameter(tmp_path):
     script.write_text(SCRIPT)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    cases = ["plain", "everything", "everything by channel", "share q, gate, scale", "1 x 130", "D 40", "empty N"]
+    cases = "plain, long padding, everything, everything by channel, 1 x 130, D 40, empty N".split(", ")
+    cases.append("share q, gate, scale")
     command = [sys.executable, str(script), *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    kernels = "bias_grad delta dkv dq fold forward free merge short_queries tile_ranges".split()
+    kernels = "bias_grad delta dkv dq filled fold forward key_bounds merge short_queries tile_ranges".split()
     assert done.stdout.split() == [f"{name}_kernel" for name in kernels]

@@ -17,7 +17,7 @@ from crossattn_kernels.tiled.parts import (
     Part,
     by_keys,
     few_rows,
-    free_rows,
+    filled_rows,
     parts,
     size,
     small,
@@ -47,17 +47,17 @@ def test_parts_cover_what_is_seen(case, backward):
     bias = call.tensors.get("bias")
     x, options = canonical(*(call.tensors[n] for n in "qkv"), call.mask, bias=bias, empty_rows=case.empty_rows)
     B, Hq, M, N = x.sizes
-    free = free_rows(x, options)
+    filled = filled_rows(x, options)
     seen = options.mask(x).as_dense(B, Hq, M, N)
-    seen = seen if free is None else seen | free[..., None]
+    seen = seen if filled is None else seen | filled[..., None]
     times, inside = torch.zeros(B, M), torch.zeros(B, M, N, dtype=torch.bool)
     few = torch.zeros(B, M, dtype=torch.bool)
-    for part in parts(Call(x, options, free), backward):
+    for part in parts(Call(x, options, filled), backward):
         times[part.batch, part.rows] += 1
         inside[part.batch, part.rows, part.keys] = True
         view = seen[part.batch, :, part.rows, part.keys]
         _, m, n = size(part)
-        for stretch in few_rows(Call(x, options, free), part, flash.FEW):
+        for stretch in few_rows(Call(x, options, filled), part, flash.FEW):
             assert stretch.batch == part.batch and stretch.kind == "masked"
             few[stretch.batch, stretch.rows] = True
             outside = seen[stretch.batch, :, stretch.rows].clone()
@@ -72,8 +72,8 @@ def test_parts_cover_what_is_seen(case, backward):
     assert not (seen & ~inside[:, None]).any()
     shown = seen if x.bias is None else seen & (x.bias > -torch.inf)
     counts = shown.sum(-1)
-    if free is not None:  # a part with such rows is not the flash kernel's
-        counts = counts.masked_fill(free, 0)
+    if filled is not None:  # a part with such rows is not the flash kernel's
+        counts = counts.masked_fill(filled, 0)
     assert few[((counts > 0) & (counts < flash.FEW)).any(1)].all()
 
 

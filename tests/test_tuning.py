@@ -88,7 +88,7 @@ def test_the_backward_of_short_keys_fills_the_chip(monkeypatch):
 @pytest.mark.parametrize("programs", range(1, 132))
 def test_splits_fill_two_waves_and_begin_no_third(programs):
     chip = tuning.CHIPS["sm_90"]
-    filled = programs * rules.shares(programs, 1000, chip, least=1) / chip.multiprocessors
+    filled = programs * rules.num_splits(programs, 1000, chip, least=1) / chip.multiprocessors
     assert 4 / 3 < filled <= 2
 
 

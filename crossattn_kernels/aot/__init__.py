@@ -86,8 +86,8 @@ def _run(x: Inputs, options: Options, backward: bool) -> None:
 
     if options.dropout_p:
         x = x._replace(seed=torch.empty((), dtype=torch.int64, device=x.q.device))
-    y, o, lse, state, free = kernels.forward(x, options)
+    y, o, lse, state, found = kernels.forward(x, options)
     if backward:
         wanted: Any = Gradients._make(getattr(x, name) is not None for name in Gradients._fields)
-        filled = None if options.empty_rows == "zero" or options.mask(x).is_trivial() else free
+        filled = None if options.empty_rows == "zero" or options.mask(x).is_trivial() else found
         kernels.backward(torch.empty_like(y), None, x, options, o if x.gate_varies else y, lse, state, filled, wanted)

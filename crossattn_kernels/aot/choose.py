@@ -44,7 +44,16 @@ def run(arch: str, only: str, every: bool) -> int:
     """
     with standing_in(arch):
         named = [call for call in sweep(every) if only in str(call)]
-    chip, worker = CHIPS[arch], Worker(arch)
+    worker = Worker(arch)
+    try:
+        return int(not all(_settled(arch, named, worker).values()))
+    finally:
+        worker.stop()
+
+
+def _settled(arch: str, named: Sequence[Call], worker: Worker) -> dict[Key, bool]:
+    """Every entry that the calls meet, and whether it is good in the end; better ones are written as they are found."""
+    chip = CHIPS[arch]
     chosen: Entries = {}
     settled: dict[Key, bool] = {}  # entries that stay, and whether they are good
     rejected: dict[Key, set[Config]] = {}
@@ -62,8 +71,7 @@ def run(arch: str, only: str, every: bool) -> int:
             if config is not None or bad:
                 result = "is good by no tile" if config is None else tuple(config)[:4]
                 print(*key, result, "for", "; ".join(bad) or "faster products", flush=True)
-    worker.stop()
-    return int(not all(settled.values()))
+    return settled
 
 
 def surveyed(calls: Sequence[Call], worker: Worker, entries: Entries, chip: Chip) -> dict[Key, list[Use]]:

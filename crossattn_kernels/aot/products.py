@@ -37,7 +37,7 @@ def products(kernel: str, config: Config, D: int) -> list[Product]:
         return [Product(M, N, D, True, feeds=True)] * 2 + [Product(M, D, N, False)]
     logits, sums = [Product(N, M, D, True, feeds=True)], [Product(N, D, M, False)]
     if kernel == "dkv":
-        return logits * (2 if D <= 128 else 3) + sums * 2  # above, dk and dv are two launches (`tuning.apart`)
+        return logits * (2 if D <= 128 else 3) + sums * 2  # above, dk and dv are two launches (`tuning.dk_dv_apart`)
     return [*logits * 2, *sums * 2, Product(D, M, N, True)]
 
 

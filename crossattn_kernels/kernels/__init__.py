@@ -20,7 +20,7 @@ __all__ = ["backward", "forward", "unsupported"]
 
 
 def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, o, lse, state, free), as `ops.forward_op` documents."""
+    """(y, o, lse, state, filled), as `ops.forward_op` documents."""
     with _current(x.q.device):
         return forward_here(x, options)
 
@@ -33,14 +33,14 @@ def backward(
     o: Tensor,
     lse: Tensor,
     state: Tensor,
-    free: Tensor | None,
+    filled: Tensor | None,
     wanted: Gradients,
 ) -> Gradients:
     """Gradients of the wanted inputs; o is the gated output, or the ungated one when the gate varies along Dv."""
     if not math.prod(x.sizes):
         return Gradients(*(torch.zeros_like(getattr(x, n)) if w else None for n, w in zip(Gradients._fields, wanted)))
     with _current(x.q.device):
-        return gradients(Backward(dy, dlse, x, options, o, lse, state, free, wanted))
+        return gradients(Backward(dy, dlse, x, options, o, lse, state, filled, wanted))
 
 
 def gradients(backward: Backward) -> Gradients:

@@ -56,7 +56,7 @@ from crossattn_kernels.kernels.views import (
     view,
 )
 from crossattn_kernels.problem import Gradients, Inputs, Options
-from crossattn_kernels.tuning import Config, apart
+from crossattn_kernels.tuning import Config, dk_dv_apart
 
 
 @triton.jit
@@ -245,16 +245,16 @@ class Backward:
         o: Tensor,
         lse: Tensor,
         state: Tensor,
-        free: Tensor | None,
+        filled: Tensor | None,
         wanted: Gradients,
     ) -> None:
         self.x, self.options, self.wanted = as_bytes(x), options, wanted
-        self.free = None if free is None else free.view(torch.uint8)
+        self.filled = None if filled is None else filled.view(torch.uint8)
         self.dy, self.dlse, self.o, self.lse, self.state = dy, dlse, o, lse, state
         # a gate on whole rows is applied inside the kernels, one that varies along Dv here
         self.do = dy if not x.gate_varies else (self.gate * dy).to(dy.dtype)
         self.do = self.do if self.do.stride(3) == 1 else self.do.contiguous()
-        self.launch = Launcher.of(self.x, options, (self.do, dlse, o, lse, state, self.free, *map(bool, wanted)))
+        self.launch = Launcher.of(self.x, options, (self.do, dlse, o, lse, state, self.filled, *map(bool, wanted)))
         self.bounds = key_bounds(self.launch, self.x)
 
     @cached_property
@@ -284,15 +284,15 @@ class Backward:
         gate = None if self.x.gate is None or self.x.gate_varies else self.gate
 
         def all_arguments(
-            do: Any, lse: Any, state: Any, delta: Any, dlse: Any, free: Any, bounds: Any, gate: Any, *rest: Any
+            do: Any, lse: Any, state: Any, delta: Any, dlse: Any, filled: Any, bounds: Any, gate: Any, *rest: Any
         ) -> tuple:
             x = Inputs(*rest[: len(self.x)])
             common = (*inputs_view(x), rows_view(do))
             known = Rows(view(lse), view(state), view(delta), view(dlse), *tanh_views(gate, *lse.shape))
-            logits, drop = logits_view(x, self.options, free, bounds), dropout_view(x, self.options)
+            logits, drop = logits_view(x, self.options, filled, bounds), dropout_view(x, self.options)
             return arguments(common, known, (logits, drop), *rest[len(self.x) :])
 
-        shared = (self.do, self.lse, state, delta, self.dlse, self.free, self.bounds, gate)
+        shared = (self.do, self.lse, state, delta, self.dlse, self.filled, self.bounds, gate)
         self.launch(kernel, all_arguments, *shared, *self.x, *tensors, label=label)
 
     def by_queries(self) -> dict[str, Tensor | None]:
@@ -319,10 +319,10 @@ class Backward:
                 B // entries, config.splits, Hq, M, N,
             )  # fmt: skip
 
-        ranges = None if sums else tile_ranges(self.launch, x, self.options, self.free, self.bounds)
+        ranges = None if sums else tile_ranges(self.launch, x, self.options, self.filled, self.bounds)
         dk = by_sequence(x.k, config.splits) if self.wanted.k else None
         dv = by_sequence(x.v, config.splits) if self.wanted.v else None
-        whole = self.launch.plan.backward_schedule == "short keys" or not apart(self.launch.problem)
+        whole = self.launch.plan.backward_schedule == "short keys" or not dk_dv_apart(self.launch.problem)
         for label, outputs in {"": (dk, dv)}.items() if whole else {"k": (dk, None), "v": (None, dv)}.items():
             if outputs != (None, None):
                 self.run_kernel(

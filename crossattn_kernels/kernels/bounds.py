@@ -34,8 +34,8 @@ def key_bounds_kernel(bounds, keys, N, C: tl.constexpr):
 
 
 @triton.jit
-def free_kernel(free, mask, H, M, N, C: tl.constexpr):
-    """free = 1 where no key is visible, for one tile of queries."""
+def filled_kernel(filled, mask, H, M, N, C: tl.constexpr):
+    """filled = 1 where no key is visible, for one tile of queries."""
     tile, b, h = program(tl.cdiv(M, C.BLOCK_M), H)
     rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
     lo, hi = key_range(mask, b, h, rows, M, N)
@@ -44,7 +44,7 @@ def free_kernel(free, mask, H, M, N, C: tl.constexpr):
         keys = first + tl.arange(0, C.BLOCK_N)
         tile_seen = visible(mask, b, h, rows[:, None], keys[None, :], M, N)
         seen = tl.maximum(seen, tl.max(tile_seen.to(tl.int32), 1))
-    store_vec(free, b, h, rows, M, (1 - seen).to(tl.uint8))
+    store_vec(filled, b, h, rows, M, (1 - seen).to(tl.uint8))
 
 
 @triton.jit
@@ -147,25 +147,25 @@ def key_bounds(launch: Launcher, x: Inputs) -> Tensor | None:
     return bounds
 
 
-def free_rows(launch: Launcher, x: Inputs, options: Options, bounds: Tensor | None) -> Tensor | None:
+def filled_rows(launch: Launcher, x: Inputs, options: Options, bounds: Tensor | None) -> Tensor | None:
     """uint8 (1|B, 1|Hq, M), 1 for rows that the mask leaves empty and `empty_rows` fills; None when it fills none."""
     if options.empty_rows == "zero" or options.mask(x).is_trivial():
         return None
     _, _, M, N = x.sizes
-    free = x.q.new_empty(*options.mask(x).lead(), M, dtype=torch.uint8)
-    B, H = free.shape[:2]
+    filled = x.q.new_empty(*options.mask(x).lead(), M, dtype=torch.uint8)
+    B, H = filled.shape[:2]
 
-    def arguments(free: Tensor, bounds: Tensor | None, *inputs: Tensor) -> tuple:
+    def arguments(filled: Tensor, bounds: Tensor | None, *inputs: Tensor) -> tuple:
         mask = logits_view(Inputs(*inputs), options, None, bounds).mask
-        return triton.cdiv(M, launch.plan.rows.BLOCK_M) * B * H, view(free), mask, H, M, N
+        return triton.cdiv(M, launch.plan.rows.BLOCK_M) * B * H, view(filled), mask, H, M, N
 
-    if free.numel():
-        launch(free_kernel, arguments, free, bounds, *x)
-    return free
+    if filled.numel():
+        launch(filled_kernel, arguments, filled, bounds, *x)
+    return filled
 
 
 def tile_ranges(
-    launch: Launcher, x: Inputs, options: Options, free: Tensor | None, bounds: Tensor | None
+    launch: Launcher, x: Inputs, options: Options, filled: Tensor | None, bounds: Tensor | None
 ) -> Tensor | None:
     """What tile_ranges_kernel finds for the tiles of queries of dkv_kernel, if a field of the mask is a range."""
     if x.start is x.end is bounds is None:
@@ -175,8 +175,8 @@ def tile_ranges(
     tiles = triton.cdiv(M, launch.plan.dkv.BLOCK_M)
     ranges = torch.empty(4, b, h, tiles, dtype=torch.int32, device=x.q.device)
 
-    def arguments(ranges: Tensor, free: Tensor | None, bounds: Tensor | None, *inputs: Tensor) -> tuple:
-        return tiles * b * h, view(ranges), logits_view(Inputs(*inputs), options, free, bounds).mask, h, M, N
+    def arguments(ranges: Tensor, filled: Tensor | None, bounds: Tensor | None, *inputs: Tensor) -> tuple:
+        return tiles * b * h, view(ranges), logits_view(Inputs(*inputs), options, filled, bounds).mask, h, M, N
 
-    launch(tile_ranges_kernel, arguments, ranges, free, bounds, *x)
+    launch(tile_ranges_kernel, arguments, ranges, filled, bounds, *x)
     return ranges

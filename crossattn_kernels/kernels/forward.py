@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossattn_kernels.kernels.bounds import free_rows, key_bounds
+from crossattn_kernels.kernels.bounds import filled_rows, key_bounds
 from crossattn_kernels.kernels.launch import Launcher
 from crossattn_kernels.kernels.scores import head_scale, key_range, scores, sifts, touches, whole_range
 from crossattn_kernels.kernels.softmax import (
@@ -157,7 +157,7 @@ def store_result(result, state, b, h, rows, M, C: tl.constexpr):
 
 
 def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, o, lse, state, free), as `ops.forward_op` documents."""
+    """(y, o, lse, state, filled), as `ops.forward_op` documents."""
     x = as_bytes(x)
     (B, Hq, M, N), Dv = x.sizes, x.v.shape[3]
     launch = Launcher.of(x, options)
@@ -166,7 +166,7 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
     lse = x.q.new_empty(B, Hq, M, dtype=torch.float32)
     state = lse.new_empty(B, 2, Hq, M) if options.chunk or not x.by_lse else None
     bounds = key_bounds(launch, x)
-    free = free_rows(launch, x, options, bounds)
+    filled = filled_rows(launch, x, options, bounds)
     splits, m, l, acc = launch.plan.forward.splits, None, None, None
     if splits > 1:
         m, l, acc = (
@@ -183,13 +183,13 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
         return None if m is None else Partial(view(m), view(l), rows_view(acc))
 
     def stream(
-        y: Any, o: Any, lse: Any, state: Any, m: Any, l: Any, acc: Any, free: Any, bounds: Any, *inputs: Any
+        y: Any, o: Any, lse: Any, state: Any, m: Any, l: Any, acc: Any, filled: Any, bounds: Any, *inputs: Any
     ) -> tuple:
         x, parts = Inputs(*inputs), partial(m, l, acc)
         return (
             launch.query_tiles(launch.plan.forward) * splits, *inputs_view(x),
             None if parts else result(x, y, o, lse, state), parts,
-            logits_view(x, options, free, bounds), dropout_view(x, options), splits, B, Hq, M, N,
+            logits_view(x, options, filled, bounds), dropout_view(x, options), splits, B, Hq, M, N,
         )  # fmt: skip
 
     def merge(y: Any, o: Any, lse: Any, state: Any, m: Any, l: Any, acc: Any, gate: Any) -> tuple:
@@ -197,8 +197,8 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
         return tiles, partial(m, l, acc), result(x._replace(gate=gate), y, o, lse, state), splits, B, Hq, M
 
     if B * Hq * M:
-        launch(forward_kernel, stream, y, o, lse, state, m, l, acc, free, bounds, *x)
+        launch(forward_kernel, stream, y, o, lse, state, m, l, acc, filled, bounds, *x)
         if splits > 1:
             launch(merge_kernel, merge, y, o, lse, state, m, l, acc, x.gate)
-    bits = x.q.new_empty(0, dtype=torch.bool) if free is None else free.view(torch.bool)
+    bits = x.q.new_empty(0, dtype=torch.bool) if filled is None else filled.view(torch.bool)
     return y, x.q.new_empty(0) if o is None else o, lse, lse.new_empty(0) if state is None else state, bits

@@ -17,7 +17,7 @@ from crossattn_kernels.problem import Inputs, Options, Problem
 from crossattn_kernels.tuning import Config, circumstances, plan, power_of_two
 
 MOST = 4096  # signatures that are remembered
-FEW_TILES = 4  # of keys, of which asking whether a query sees any costs more than those that none sees
+FEW_TILES = 4  # of keys, up to which asking whether one is hidden whole costs more than to compute it
 LAUNCHERS: dict[tuple, Launcher] = {}
 
 # which field of the plan a kernel is launched by
@@ -26,7 +26,7 @@ CONFIGS = {
     "merge_kernel": "merge",
     "delta_kernel": "rows",
     "key_bounds_kernel": "rows",
-    "free_kernel": "rows",
+    "filled_kernel": "rows",
     "tile_ranges_kernel": "dkv",
     "dq_kernel": "dq",
     "dkv_kernel": "dkv",

@@ -44,8 +44,8 @@ def hide(s, logits, b, h, rows, keys, M, N):
         seen &= bias != float("-inf")  # also where the product is NaN
     seen &= visible(logits.mask, b, h, rows, keys, M, N)
     if logits.mask.UNIFORM:
-        free = row_bit(logits.mask.free, b, h, rows, M)
-        s, seen = tl.where(free, 0.0, s), seen | (free & (keys < N))
+        filled = row_bit(logits.mask.filled, b, h, rows, M)
+        s, seen = tl.where(filled, 0.0, s), seen | (filled & (keys < N))
     return tl.where(seen, s, float("-inf"))
 
 
@@ -53,7 +53,7 @@ def hide(s, logits, b, h, rows, keys, M, N):
 def logit_grad(ds, logits, b, h, rows, M):
     """Rows whose logits are 0 whatever q, k and bias are pass no gradient on."""
     if logits.mask.UNIFORM:
-        ds = tl.where(row_bit(logits.mask.free, b, h, rows, M), 0.0, ds)
+        ds = tl.where(row_bit(logits.mask.filled, b, h, rows, M), 0.0, ds)
     return ds
 
 
@@ -84,7 +84,7 @@ def store_scale_sums(x, b, h, rows, M, sums):
 
 @triton.jit
 def visible(mask, b, h, rows, keys, M, N):
-    """Which of these keys each query may see; one past the end sees none that anything hides from a query."""
+    """Which of these keys each query may see; a row past M sees none that the mask hides from any query."""
     seen = keys < N
     if mask.start is not None:
         seen = seen & (keys >= tl.load(at(mask.start, (b, h, rows)), mask=rows < M, other=N))
@@ -95,8 +95,8 @@ def visible(mask, b, h, rows, keys, M, N):
     if mask.visible is not None:
         group = at(mask.visible, (b, h, rows // mask.query_group, keys // mask.key_group))
         seen = seen & (tl.load(group, mask=(rows < M) & (keys < N), other=0) != 0)
-    if mask.free is not None:
-        seen = seen | ((keys < N) & row_bit(mask.free, b, h, rows, M))
+    if mask.filled is not None:
+        seen = seen | ((keys < N) & row_bit(mask.filled, b, h, rows, M))
     return seen
 
 
@@ -107,7 +107,7 @@ def row_bit(x, b, h, rows, M):
 
 @triton.jit
 def touches(mask, b, h, rows, keys, M, N, SKIPS: tl.constexpr = True):
-    """Whether any query of this tile sees any key of it; not asked where ranges tell, or no tile is to be skipped."""
+    """Whether any query of this tile sees any key of it; True without looking if ranges hide all, or not SKIPS."""
     if (mask.visible is None) | (not SKIPS):
         return True
     else:
@@ -192,7 +192,7 @@ def row_range(mask, b, h, rows, M, N):
         end = tl.minimum(end, tl.load(at(mask.bounds, (1, b))))
     some = start < end
     start, end = tl.where(some, start, N), tl.where(some, end, 0)
-    if mask.free is not None:
-        free = row_bit(mask.free, b, h, rows, M)
-        start, end = tl.where(free, 0, start), tl.where(free, N, end)
+    if mask.filled is not None:
+        filled = row_bit(mask.filled, b, h, rows, M)
+        start, end = tl.where(filled, 0, start), tl.where(filled, N, end)
     return start, end

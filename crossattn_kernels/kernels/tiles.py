@@ -96,10 +96,10 @@ def load_rows(x, b, h, rows, cols, n, WIDTH: tl.constexpr, WHOLE: tl.constexpr =
 
 @triton.jit
 def load_lasting(x, b, h, rows, cols, n, WIDTH: tl.constexpr):
-    """`load_rows` of a tile that lasts through a loop.
+    """`load_rows` of a tile that lives through a loop.
 
-    A mask that others have too would last as well, in a predicate, and with one for columns ptxas runs none of the
-    loop's exponentials while it multiplies.  So here both bounds are numbers that the compiler does not know.
+    If the compiler shares its mask with loads inside the loop, a predicate lives as long, and with a live predicate for
+    columns ptxas overlaps no exponential with a product.  Bounds that it cannot see through keep the mask local.
     """
     if cols.shape[0] == WIDTH:
         return load_rows(x, b, h, rows, cols, n, WIDTH)

@@ -46,10 +46,10 @@ class MaskView(NamedTuple):
     keys: View | None = None  # (B, N)
     bounds: View | None = None  # (4, B): what `key_bounds_kernel` finds of keys
     visible: View | None = None  # (B, Hq, query groups, key groups)
-    free: View | None = None  # (B, Hq, M): nonzero where a row sees every key after all
+    filled: View | None = None  # (B, Hq, M): nonzero where a row sees every key after all
     query_group: Any = 1  # constant
     key_group: Any = 1
-    UNIFORM: Any = 0  # constant, 1 if all logits of a row that is free are 0
+    UNIFORM: Any = 0  # constant, 1 if all logits of a row that is filled are 0
 
 
 class Logits(NamedTuple):
@@ -106,7 +106,7 @@ def inputs_view(x: Inputs) -> tuple[View, View, View]:
     return tuple(rows_view(t, B, *t.shape[1:]) for t in (x.q, x.k, x.v))
 
 
-def logits_view(x: Inputs, options: Options, free: Tensor | None, bounds: Tensor | None) -> Logits:
+def logits_view(x: Inputs, options: Options, filled: Tensor | None, bounds: Tensor | None) -> Logits:
     B, Hq, M, N = x.sizes
     groups = (-(-M // options.query_group), -(-N // options.key_group))
     mask = MaskView(
@@ -115,10 +115,10 @@ def logits_view(x: Inputs, options: Options, free: Tensor | None, bounds: Tensor
         view(x.keys, B, N),
         view(bounds, 4, B),
         view(x.visible, B, Hq, *groups),
-        view(free, B, Hq, M),
+        view(filled, B, Hq, M),
         constant(options.query_group),
         constant(options.key_group),
-        constant(int(free is not None and options.empty_rows == "uniform")),
+        constant(int(filled is not None and options.empty_rows == "uniform")),
     )
     scale = 1.0 if x.scale is not None else options.scale
     return Logits(scale, view(x.scale, B, Hq), options.softcap or None, view(x.bias, B, Hq, M, N), mask)

@@ -24,7 +24,7 @@ from crossattn_kernels.tiled.parts import (
     add,
     by_keys,
     few_rows,
-    free_rows,
+    filled_rows,
     parts,
     size,
     small,
@@ -37,15 +37,15 @@ FAR = -1e6  # an lse below this has lost digits that p needs
 
 
 def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, o, lse, state, free), as `ops.forward_op` documents; o is kept with any gate, state for chunks."""
-    call = Call(trimmed(x), options, free_rows(x, options))
+    """(y, o, lse, state, filled), as `ops.forward_op` documents; o is kept with any gate, state for chunks."""
+    call = Call(trimmed(x), options, filled_rows(x, options))
     o, lse, state = _attend(call)
     none = x.q.new_empty(0)
-    free = none.bool() if call.free is None else call.free
+    filled = none.bool() if call.filled is None else call.filled
     if x.gate is None:
-        return o, none, lse, state, free
+        return o, none, lse, state, filled
     y = torch.empty_like(o).copy_(torch.tanh(x.gate.to(lse.dtype)) * o)
-    return y, o, lse, state, free
+    return y, o, lse, state, filled
 
 
 def _attend(call: Call, may_flash: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,12 +93,12 @@ def backward(
     o: Tensor,
     lse: Tensor,
     state: Tensor,
-    free: Tensor | None,
+    filled: Tensor | None,
     wanted: Gradients,
 ) -> Gradients:
     """Gradients of the inputs for which `wanted` holds something true; o is the ungated output."""
     x = trimmed(x)
-    call, do, dgate = Call(x, options, free), dy, None
+    call, do, dgate = Call(x, options, filled), dy, None
     if x.gate is not None:
         t = torch.tanh(x.gate.to(lse.dtype))
         do = (t * dy).to(dy.dtype)

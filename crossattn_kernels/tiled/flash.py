@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossattn_kernels.problem import Inputs
+from crossattn_kernels.problem import Inputs, Options
 from crossattn_kernels.tiled.parts import (
     BLOCK,
     Call,
@@ -36,14 +36,24 @@ flash_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def beyond(x: Inputs, options: Options) -> tuple[str, ...]:
+    """What a call has that the flash kernel does not do, whatever the values of its tensors."""
+    asked = {
+        "D and Dv that differ": x.q.shape[3] != x.v.shape[3],
+        "a tensor as scale": x.scale is not None,
+        "softcap": options.softcap > 0,
+        "dropout": options.dropout_p > 0,
+        "calls without keys": x.k.shape[2] == 0,
+    }
+    return tuple(name for name, is_asked in asked.items() if is_asked)
+
+
 def can(call: Call, part: Part, least: int = 1) -> bool:
     """True if the flash kernel computes this part; `least`: so many keys it must have."""
     x, options = call.x, call.options
-    if x.q.device.type != "cpu" or x.q.shape[3] != x.v.shape[3] or x.scale is not None:
+    if x.q.device.type != "cpu" or size(part)[2] < least or beyond(x, options):
         return False
-    if options.softcap or options.dropout_p or size(part)[2] < least:
-        return False
-    if call.free is not None and options.empty_rows == "uniform" and of(call.free, part.batch, part.rows).any():
+    if call.filled is not None and options.empty_rows == "uniform" and of(call.filled, part.batch, part.rows).any():
         return False
     # the kernel hides a logit by adding -inf, and multiplies a hidden value by 0, both of which a NaN survives
     own = queries(x.q, part), keys(x.k, part), keys(x.v, part)
@@ -81,7 +91,7 @@ def _operands(call: Call, part: Part) -> tuple[Tensor, Tensor, Tensor, Tensor | 
         return q, k, v, None
     # the kernel takes a mask in q's dtype or in fp32
     dtype = torch.float32 if x.q.dtype.itemsize == 2 else x.q.dtype
-    if call.by_range and call.free is None:
+    if call.by_range and call.filled is None:
         return q, k, v, ranged(x, part, dtype)
     seen = visible(call, part)
     shown = torch.zeros((), dtype=dtype) if x.bias is None else of_bias(x.bias, part).to(dtype)

@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 
 
 def _tiles(call: Call, part: Part, q: Tensor, sloped: bool = False) -> Iterator[Tile]:
-    x, options, free, device = call.x, call.options, call.free, call.x.q.device.type
+    x, options, filled, device = call.x, call.options, call.filled, call.x.q.device.type
     for first in range(part.keys.start, part.keys.stop, KEYS):
         at = part._replace(keys=slice(first, min(first + KEYS, part.keys.stop)))
         k, v = (keys(t, at).to(q.dtype) for t in (x.k, x.v))
@@ -50,8 +50,8 @@ def _tiles(call: Call, part: Part, q: Tensor, sloped: bool = False) -> Iterator[
             hidden = ~seen
             s = s.masked_fill_(hidden, -math.inf)
             slope = None if slope is None else slope.masked_fill_(hidden, 0)
-        if free is not None and options.empty_rows == "uniform":
-            s = s.masked_fill_(of(free, part.batch, part.rows)[..., None], 0)
+        if filled is not None and options.empty_rows == "uniform":
+            s = s.masked_fill_(of(filled, part.batch, part.rows)[..., None], 0)
         yield Tile(at, s, slope, k, v)
 
 
@@ -158,8 +158,8 @@ def backward(
         ds = dp.sub_(delta)  # 0 to the bit where a row sees a single key
         ds = (ds if dlse is None else ds.add_(dlse[at][..., None])).mul_(p).masked_fill_(hidden, 0)
         add(grads.v, tile.part, tile.part.keys, _transposed_product(_dropped(call, kept, p), do, heads))
-        if call.free is not None and call.options.empty_rows == "uniform":
-            ds = ds.masked_fill_(of(call.free, part.batch, part.rows)[..., None], 0)
+        if call.filled is not None and call.options.empty_rows == "uniform":
+            ds = ds.masked_fill_(of(call.filled, part.batch, part.rows)[..., None], 0)
         if grads.bias is not None:
             total = of_bias(grads.bias, tile.part)
             total += ds.sum_to_size(total.shape)

@@ -46,7 +46,7 @@ class Call:
 
     x: Inputs
     options: Options
-    free: Tensor | None  # bool (1|B, 1|Hq, M)
+    filled: Tensor | None  # bool (1|B, 1|Hq, M)
 
     @cached_property
     def finite(self) -> bool:
@@ -83,7 +83,7 @@ def parts(call: Call, backward: bool = False) -> Iterator[Part]:
         for batch in steps(slice(0, B), 1 if apart else B):
             yield from _bounded(x, Part(batch, slice(0, M), slice(0, N), kind))
         return
-    varies = any(t is not None and t.shape[0] > 1 for t in (x.start, x.end, call.free))
+    varies = any(t is not None and t.shape[0] > 1 for t in (x.start, x.end, call.filled))
     # entries too small to be worth a part of their own stay together
     for batch in steps(slice(0, B), 1 if apart else max(1, PART // (Hq * M * max(1, N))) if varies else B):
         start, end, agree = _ranges(call, batch)
@@ -132,9 +132,9 @@ def _ranges(call: Call, batch: slice) -> tuple[Rows, Rows, bool]:
     end = np.full((1, 1, 1), N, np.int32) if x.end is None else of(x.end, batch).numpy().clip(None, N)
     empty = start >= end
     start, end = np.where(empty, N, start), np.where(empty, 0, end)
-    if call.free is not None:
-        free = of(call.free, batch).numpy()
-        start, end = np.where(free, 0, start), np.where(free, N, end)
+    if call.filled is not None:
+        filled = of(call.filled, batch).numpy()
+        start, end = np.where(filled, 0, start), np.where(filled, N, end)
     agree = start.shape[:2] == (1, 1)
     return np.broadcast_to(start.min((0, 1)), M), np.broadcast_to(end.max((0, 1)), M), agree
 
@@ -273,7 +273,7 @@ def small(x: Inputs, part: Part) -> Iterator[Part]:
     yield from pieces(part, entries, max(16, TILE // (row * entries)))
 
 
-def free_rows(x: Inputs, options: Options) -> Tensor | None:
+def filled_rows(x: Inputs, options: Options) -> Tensor | None:
     """Bool (1|B, 1|Hq, M): rows that the mask leaves empty, if `empty_rows` asks to fill them."""
     if options.empty_rows == "zero" or options.mask(x).is_trivial():
         return None
@@ -312,7 +312,7 @@ def few_rows(call: Call, part: Part, least: int) -> list[Part]:
         stretches.append(slice(stretches.pop().start if near else row, row + 1))
 
     def keys_of(rows: slice) -> slice:
-        if not call.by_range or call.free is not None:
+        if not call.by_range or call.filled is not None:
             return part.keys
         some = count[:, :, rows] > 0
         low, high = (t.expand(-1, -1, m)[:, :, rows].expand_as(some)[some] for t in (start, end))
@@ -343,7 +343,7 @@ def visible(call: Call, part: Part) -> Tensor | None:
     seen = terms[0]
     for term in terms[1:]:
         seen = seen & term
-    return seen if call.free is None else seen | of(call.free, part.batch, part.rows)[..., None]
+    return seen if call.filled is None else seen | of(call.filled, part.batch, part.rows)[..., None]
 
 
 def ranged(x: Inputs, part: Part, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from crossattn_kernels.problem import Problem
 from crossattn_kernels.tuning import rules, tables
 from crossattn_kernels.tuning.chips import ASSUMED, CHIPS, Chip, assumed, chip_of
-from crossattn_kernels.tuning.rules import Config, apart, power_of_two
+from crossattn_kernels.tuning.rules import Config, dk_dv_apart, power_of_two
 from crossattn_kernels.tuning.tables import lookup
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "Chip",
     "Config",
     "Plan",
-    "apart",
+    "dk_dv_apart",
     "assumed",
     "chip_of",
     "circumstances",

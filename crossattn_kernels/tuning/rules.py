@@ -8,9 +8,10 @@ from crossattn_kernels.problem import Problem
 from crossattn_kernels.tuning.chips import Chip
 
 WAVES = 2  # programs a multiprocessor that a split aims at
-MOST_EVENED, EVEN_ENOUGH = 4, 1.05  # splits that fill the last wave; times of the best that fewer of them may take
+MOST_EVENED = 4  # splits made only to fill the last wave
+EVEN_ENOUGH = 1.05  # times the least time that fewer splits may take and still be preferred
 MOST_EXTRAS = 3  # options of a call beside which sums of all three gradients fit the registers
-SHARE = 2  # times the bytes of a partial result of the forward that its program reads of keys and values
+READS = 2  # a split of the forward reads at least so many times the bytes of its partial result
 
 
 class Config(NamedTuple):
@@ -67,7 +68,7 @@ def fitted(config: Config, problem: Problem) -> Config:
 # ---- schedules ----
 
 
-def apart(problem: Problem) -> bool:
+def dk_dv_apart(problem: Problem) -> bool:
     """Whether dk and dv of two-pass are two launches, each with p anew: sums of both would leave tiles of 32 keys."""
     return head_size(problem) > 128 and problem.dtype.itemsize == 2
 
@@ -94,7 +95,7 @@ def crowded(problem: Problem) -> dict[str, str]:
     return dict.fromkeys(("short keys", "short queries"), why)
 
 
-def shares(programs: int, tiles: int, chip: Chip, least: int) -> int:
+def num_splits(programs: int, tiles: int, chip: Chip, least: int) -> int:
     """Programs that share each loop over `tiles` so that all multiprocessors have work; each has `least` or more.
 
     As many as fill WAVES: a few more would wait for all others, and take as long again.
@@ -114,8 +115,8 @@ def split_keys(config: Config, problem: Problem, chip: Chip) -> Config:
     rows, heads = (p.M * p.group, p.Hk) if config.packed else (p.M, p.Hq)
     programs = -(-rows // config.BLOCK_M) * p.B * heads
     partial = 2 * 4 * config.BLOCK_M * (p.Dv + 2)  # fp32, written and read
-    least = -(-SHARE * partial // max(1, config.BLOCK_N * (p.D + p.Dv) * p.dtype.itemsize))
-    return config._replace(splits=shares(programs, -(-p.N // config.BLOCK_N), chip, max(2, least)))
+    least = -(-READS * partial // max(1, config.BLOCK_N * (p.D + p.Dv) * p.dtype.itemsize))
+    return config._replace(splits=num_splits(programs, -(-p.N // config.BLOCK_N), chip, max(2, least)))
 
 
 def split_queries(config: Config, problem: Problem, chip: Chip) -> Config:
@@ -127,7 +128,7 @@ def split_queries(config: Config, problem: Problem, chip: Chip) -> Config:
     heads = p.Hk * (1 if p.shares_k else p.B)
     programs, tiles = -(-p.N // config.BLOCK_N) * heads, -(-p.M // config.BLOCK_M)
     if programs < chip.multiprocessors or p.N <= config.BLOCK_N:
-        return config._replace(splits=shares(programs, tiles, chip, least=4))
+        return config._replace(splits=num_splits(programs, tiles, chip, least=4))
     partial, dq = 4 * heads * p.N * (p.D + p.Dv), p.B * p.Hq * p.M * p.D * p.dtype.itemsize
     most = max(1, min(MOST_EVENED, tiles // 4, dq // partial))
     times = {splits: -(-programs * splits // chip.multiprocessors) / splits for splits in range(1, most + 1)}
@@ -138,7 +139,7 @@ def split_dq(config: Config, problem: Problem, chip: Chip) -> Config:
     """The kernel of dq, split over keys where tiles of queries are few."""
     p = problem
     programs = -(-p.M // config.BLOCK_M) * p.Hq * (1 if p.shares_q else p.B)
-    return config._replace(splits=shares(programs, -(-p.N // config.BLOCK_N), chip, least=4))
+    return config._replace(splits=num_splits(programs, -(-p.N // config.BLOCK_N), chip, least=4))
 
 
 def split_terms(config: Config, problem: Problem, chip: Chip) -> Config:
@@ -151,14 +152,14 @@ def split_terms(config: Config, problem: Problem, chip: Chip) -> Config:
     programs = (rows if by_query else 1) * (columns if by_key else 1)
     programs *= (p.B if by_batch or not summed else 1) * (p.Hq if by_head or not summed else 1)
     steps = rows * columns * p.B * p.Hq // max(1, programs)
-    return config._replace(splits=shares(programs, steps, chip, least=4))
+    return config._replace(splits=num_splits(programs, steps, chip, least=4))
 
 
 def all_queries(config: Config, problem: Problem, chip: Chip) -> Config:
     """One tile of the queries of all heads of a key head; keys are split."""
     p = problem
     rows = min(config.BLOCK_M, max(16, power_of_two(p.M * p.group)))
-    splits = shares(p.B * p.Hk, -(-p.N // config.BLOCK_N), chip, least=4)
+    splits = num_splits(p.B * p.Hk, -(-p.N // config.BLOCK_N), chip, least=4)
     return fitted(config, problem)._replace(BLOCK_M=rows, packed=p.group > 1, splits=splits)
 
 
@@ -188,7 +189,7 @@ def accumulators(kernel: str, config: Config, problem: Problem) -> int:
     D, Dv = (max(16, power_of_two(n)) for n in (problem.D, problem.Dv))
     sizes = dict(forward=config.BLOCK_M * Dv, dq=config.BLOCK_M * D, short_queries=config.BLOCK_M * D)
     sizes["bias_grad"] = config.BLOCK_M * config.BLOCK_N
-    if kernel == "dkv" and apart(problem):
+    if kernel == "dkv" and dk_dv_apart(problem):
         sizes["dkv"] = config.BLOCK_N * max(D, Dv)
     return sizes.get(kernel, config.BLOCK_N * (D + Dv)) // (32 * config.num_warps)
 

@@ -30,7 +30,8 @@ COARSER = {
     "ragged plain": "plain",
     "padded plain": "plain",
     "padded ranges": "ranges",
-    **dict.fromkeys(("pairs", "scattered", "dropout", "several", "many"), "other"),
+    "several pairs": "several",
+    **dict.fromkeys(("padding", "pairs", "scattered", "dropout", "several", "many"), "other"),
 }
 RAGGED = 64  # a plain call is ragged if its keys are no multiple of so many: one tile is not full, in a loop of its own
 Key = tuple[str, int, str, str]
@@ -75,7 +76,11 @@ def kind_of(problem: Problem) -> str:
         return "many"
     if p.drops:
         return "dropout"
-    return "scattered" if p.scattered else "several" if p.extras > 1 else "pairs" if p.pairwise else "other"
+    if p.scattered:
+        return "scattered"
+    if p.extras > 1:
+        return "several pairs" if p.pairwise else "several"
+    return "pairs" if p.pairwise else "padding" if p.bounded else "other"
 
 
 def save(path: Path, arch: str, entries: Iterable[dict[str, Any]]) -> None:
