@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,8 @@ def cross_attention_chunked(
     Raises as `cross_attention` does, and NotImplementedError for `empty_rows` other than "zero" together with a mask:
     whether a row is empty would be known only after the last chunk.
     """
+    if not isinstance(chunks, Iterable):
+        raise TypeError(f"chunks must be a sequence of pairs (k, v) or of callables, got {type(chunks).__name__}")
     chunks = list(chunks)
     if torch.compiler.is_dynamo_compiling() and (torch.is_grad_enabled() or any(map(callable, chunks))):
         # not a decorator, which would import dynamo with this package
@@ -95,7 +97,7 @@ def cross_attention_chunked(
         o, lse = Chunked.apply(plan, o, lse, state, seed, cast_q, bias, *plan.inputs)
     if gate is not None:
         t = torch.tanh(fit_gate(gate, tuple(o.shape), q))
-        o = torch.empty_like(o).copy_(t * o) if not torch.is_grad_enabled() else (t * o).to(o.dtype)
+        o = torch.empty_like(o).copy_(t * o) if not torch.is_grad_enabled() else (o * t).to(o.dtype)
     return (o, lse) if return_lse else o
 
 

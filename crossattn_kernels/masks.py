@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ class Mask:
     visible: Tensor | None = None
     query_group: int = 1
     key_group: int = 1
+
+    def __post_init__(self) -> None:
+        _integer("query_group", self.query_group, 1)
+        _integer("key_group", self.key_group, 1)
 
     # ---- constructors ----
 
@@ -66,6 +71,7 @@ class Mask:
                     f"packed: pass num_queries, cu_q is on {cu_q.device} and reading it would wait for the device"
                 )
             num_queries = int(cu_q[-1])
+        _integer("num_queries", num_queries, 0)
         query = torch.arange(num_queries, device=cu_q.device)
         segment = torch.searchsorted(cu_q.long(), query, right=True) - 1  # (M,)
         inside = segment < cu_q.numel() - 1
@@ -81,8 +87,7 @@ class Mask:
         Text before the first medium sees nothing, nor (with latest=True) does text after more media than there are.
         Flamingo, https://arxiv.org/abs/2204.14198, section 2.3.
         """
-        if tokens_per_media < 1:
-            raise ValueError(f"tokens_per_media must be positive, got {tokens_per_media}")
+        _integer("tokens_per_media", tokens_per_media, 1)
         if _tensor("locations", locations).ndim != 2:
             raise ValueError(f"locations must be (B, M), got {tuple(locations.shape)}")
         count = locations.bool().long().cumsum(-1)[:, None]  # (B, 1, M)
@@ -119,6 +124,11 @@ class Mask:
         num_queries: int, num_keys: int, left: int | None, right: int | None, device: torch.device | str | None = None
     ) -> Mask:
         """Query i sees keys from i - left to i + right, both included; None leaves that side open."""
+        _integer("num_queries", num_queries, 0)
+        _integer("num_keys", num_keys, 0)
+        for name, n in dict(left=left, right=right).items():
+            if n is not None:
+                _integer(name, n)
         query = torch.arange(num_queries, device=device)[None, None]
         start = None if left is None else as_range((query - left).clamp(max=num_keys))
         end = None if right is None else as_range((query + right + 1).clamp(max=num_keys))
@@ -132,9 +142,9 @@ class Mask:
             return NotImplemented
         visible, query_group, key_group = _both_visible(self, other)
         return Mask(
-            start=_both(torch.maximum, self.start, other.start),
-            end=_both(torch.minimum, self.end, other.end),
-            keys=_both(torch.logical_and, self.keys, other.keys),
+            start=_both("start", torch.maximum, self.start, other.start),
+            end=_both("end", torch.minimum, self.end, other.end),
+            keys=_both("keys", torch.logical_and, self.keys, other.keys),
             visible=visible,
             query_group=query_group,
             key_group=key_group,
@@ -206,6 +216,8 @@ def as_range(t: Tensor) -> Tensor:
     """int32, as calls take it without another copy; what is below 0 or beyond 2^31 - 1 means the same at that end."""
     if t.dtype == torch.int32:
         return t
+    if t.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which know little arithmetic
+        t = t.long()
     return t.clamp(0, min(INT32_MAX, torch.iinfo(t.dtype).max)).to(torch.int32)
 
 
@@ -234,8 +246,26 @@ def _vector(name: str, x: Tensor) -> Tensor:
     return x
 
 
-def _both(combine: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else combine(a, b)
+def _integer(name: str, n: Any, least: int | None = None) -> None:
+    if isinstance(n, bool) or not isinstance(n, (Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {n!r}")
+    if least is not None and n < least:
+        raise ValueError(f"{name} must be {'positive' if least else 'at least 0'}, got {n}")
+
+
+def _both(name: str, combine: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    _combinable(name, a, b)
+    return combine(a, b)
+
+
+def _combinable(name: str, a: Tensor, b: Tensor) -> None:
+    if a.device != b.device:
+        raise ValueError(f"the masks' {name} must be on one device, got {a.device} and {b.device}")
+    sizes = zip(reversed(a.shape), reversed(b.shape))
+    if not all(m == n or m == 1 or n == 1 for m, n in sizes):
+        raise ValueError(f"the masks' {name} must broadcast, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def _both_visible(a: Mask, b: Mask) -> tuple[Tensor | None, int, int]:
@@ -246,6 +276,7 @@ def _both_visible(a: Mask, b: Mask) -> tuple[Tensor | None, int, int]:
     x, y = _padded(a.visible, 4), _padded(b.visible, 4)
     x, y, query_group = _refine(x, y, -2, a.query_group, b.query_group)
     x, y, key_group = _refine(x, y, -1, a.key_group, b.key_group)
+    _combinable("visible", x, y)
     return x & y, query_group, key_group
 
 

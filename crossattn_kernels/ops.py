@@ -203,6 +203,8 @@ def _heard(args: Sequence[Any]) -> bool:
     """Whether a mode or a kind of tensor listens to operators; where nobody does, the dispatcher is spared."""
     others = () if PLAIN.issuperset(map(type, args)) else args
     listening = any(isinstance(t, Tensor) and type(t) not in PLAIN for t in others)
+    # batches that `is_grads_batched` makes of gradients are of type Tensor, too
+    listening = listening or any(isinstance(t, Tensor) and not torch._C._has_storage(t) for t in args[:2])
     return listening or torch._C._len_torch_dispatch_stack() > 0
 
 

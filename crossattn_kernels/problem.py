@@ -15,6 +15,7 @@ from torch import Tensor
 from crossattn_kernels.masks import Mask, as_range
 
 EMPTY_ROWS = ("zero", "uniform", "attend_all")
+FP32_MAX = torch.finfo(torch.float32).max
 MANY_KEYS = 256  # of which a kernel of its own finds the first and the last that `keys` shows, before others run
 Fields = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Kind = tuple[torch.device, torch.dtype, int, int]  # with D and Dv: what the choice of a backend looks at
@@ -237,9 +238,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: {shapes(**given)}")
     for name, t in given.items():
-        if t.is_nested or t.layout != torch.strided:
-            got = "nested: pad it, and pass Mask.lengths" if t.is_nested else f"sparse: pass {name}.to_dense()"
-            raise TypeError(f"{name} must be a dense tensor, not {got}")
+        _dense(name, t)
         if t.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions: {shapes(**given)}")
     if not q.dtype == k.dtype == v.dtype:
@@ -307,11 +306,19 @@ def _same_device(name: str, t: Tensor, **given: Tensor) -> None:
 
 
 def _typed(name: str, t: Any, kind: str, **given: Tensor) -> Tensor:
-    """`t`, checked to be a tensor of "floats", "integers" or "bools"."""
+    """`t`, checked to be a dense tensor of "floats", "integers" or "bools"."""
     if isinstance(t, Tensor) and kind == _kind(t.dtype):
-        return t
+        return _dense(name, t, **given)
     got = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
     raise TypeError(f"{name} must be a tensor of {kind}, got {got}: {shapes(**given)}")
+
+
+def _dense(name: str, t: Tensor, **given: Tensor) -> Tensor:
+    if t.is_nested or t.layout != torch.strided:
+        got = "nested: pad it, and pass Mask.lengths" if t.is_nested else f"sparse: pass {name}.to_dense()"
+        where = f": {shapes(**given)}" if given else ""
+        raise TypeError(f"{name} must be a dense tensor, not {got}{where}")
+    return t
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -322,9 +329,6 @@ def _kind(dtype: torch.dtype) -> str:
 
 def _fields(mask: Mask, sizes: tuple[int, int, int, int], **given: Tensor) -> Fields:
     """start, end, keys and visible."""
-    if min(mask.query_group, mask.key_group) < 1:
-        got = f"{mask.query_group} and {mask.key_group}"
-        raise ValueError(f"mask.query_group and mask.key_group must be positive, got {got}: {shapes(**given)}")
     B, Hq, M, N = sizes
     groups = (-(-M // mask.query_group), -(-N // mask.key_group))
     return (
@@ -368,16 +372,21 @@ def _head_scale(scale: Tensor, Hq: int, **given: Tensor) -> Tensor:
 def _float(name: str, value: Any, **given: Tensor) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}: {shapes(**given)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not -math.inf < number < math.inf:  # math.isfinite refuses the symbolic numbers of torch.compile
         raise ValueError(f"{name} must be finite, got {value}: {shapes(**given)}")
     return number
 
 
 def _softcap(softcap: float, **given: Tensor) -> float:
-    if not _float("softcap", softcap, **given) > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}: {shapes(**given)}")
-    return float(softcap)
+    number = _float("softcap", softcap, **given)
+    if not 0 < number <= FP32_MAX:
+        what = "positive" if number <= 0 else "a number of fp32"
+        raise ValueError(f"softcap must be {what}, got {softcap}: {shapes(**given)}")
+    return number
 
 
 def _dropout(dropout_p: float, **given: Tensor) -> float:
@@ -386,16 +395,23 @@ def _dropout(dropout_p: float, **given: Tensor) -> float:
     return float(dropout_p)
 
 
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    """a + b; what is finite in both stays so, because -inf would hide a key."""
+    total = a + b
+    largest = torch.finfo(total.dtype).max
+    return torch.where(a.isfinite() & b.isfinite(), total.clamp(-largest, largest), total)
+
+
 def _from_tensor(
     t: Tensor, bias: Tensor | None, target: tuple[int, int, int, int], **given: Tensor
 ) -> tuple[Mask, Tensor | None]:
     """SDPA's reading of a mask tensor: bool, True may attend; floating point, added to the logits."""
-    kind = _kind(t.dtype)
+    kind = _kind(_dense("mask", t, **given).dtype)
     if kind not in ("bools", "floats"):
         got = f"{t.dtype} of shape {tuple(t.shape)}{_padding_hint(t, target)}"
         raise TypeError(f"mask must be a Mask or a tensor of bools or floats, got {got}: {shapes(**given)}")
     t = _fit("mask", t, target, **given)
     if kind == "floats":
-        return Mask(), t if bias is None else bias + t
+        return Mask(), t if bias is None else _sum(bias, t)
     # one bit a key is key padding, which is cheaper than a dense mask
     return Mask(keys=t[:, 0, 0]) if t.shape[1] == t.shape[2] == 1 and t.shape[3] == target[3] else Mask(visible=t), bias

@@ -196,3 +196,14 @@ def test_chunks_go_where_saved_tensors_go():
         for t in pair:
             t.zero_()
     torch.testing.assert_close(torch.autograd.grad(y.sum(), q)[0], expected)
+
+
+def test_y_is_laid_out_for_the_output_projection_whatever_the_gate():
+    q, gate = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8, requires_grad=True)
+    y = cross_attention_chunked(q, [(q, q)], gate=gate)
+    assert y.transpose(1, 2).is_contiguous()
+
+
+def test_no_chunks_at_all_is_a_type_error():
+    with pytest.raises(TypeError, match="chunks must be a sequence .* got NoneType"):
+        cross_attention_chunked(torch.randn(1, 1, 2, 4), None)

@@ -164,6 +164,15 @@ def test_mask_tensor_means_what_it_means_for_sdpa(name, backend):
     assert_within_budget(compare(run(ours, torch.float32), oracle, run(eager, torch.float32)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_finite_sum_of_mask_and_bias_hides_nothing(backend):
+    """fp16 has no room below finfo.min, and -inf would hide the key."""
+    q, k = torch.randn(1, 1, 2, 16).half(), torch.randn(1, 1, 4, 16).half()
+    mask = torch.full((1, 1, 1, 4), torch.finfo(torch.float16).min).half()
+    y = cross_attention(q, k, k, mask, bias=torch.full((2, 4), -40.0).half(), backend=backend)
+    torch.testing.assert_close(y, cross_attention(q, k, k, backend=backend), atol=0.01, rtol=0)
+
+
 @pytest.mark.parametrize("name", [name for name in MASKS if name != "bool (M, 1)"])
 def test_that_meaning_is_sdpas(name):
     tensors = qkv(dtype=torch.float64)

@@ -78,6 +78,36 @@ def test_a_hidden_key_does_not_leak(backend, name, bad):
     assert all(dirty[n][:, 0][apart].isfinite().all() for n in ("dk", "dv"))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_key_that_one_query_sees_alone(backend):
+    """All keys in one tile: the other query's keys have finite gradients."""
+    q, k, v = (torch.randn(1, 1, n, 16) for n in (2, 8, 8))
+    k[0, 0, 0] = math.nan
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    y = cross_attention(*leaves, Mask(torch.tensor([[[0, 1]]]), torch.tensor([[[1, 8]]])), backend=backend)
+    dq, dk, dv = torch.autograd.grad(y.sum(), leaves)
+    assert dq[0, 0, 1].isfinite().all() and dv[0, 0, 1:].isfinite().all()
+
+
+def test_every_switch_of_tf32():
+    """PyTorch has two, and the getter of the older one raises once the newer has been used."""
+    matmul = torch.backends.cuda.matmul
+    q, before = torch.randn(1, 1, 3, 16), matmul.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            matmul.fp32_precision = precision
+            assert launch._tf32(torch.float32) == (precision == "tf32") and not launch._tf32(torch.bfloat16)
+            assert cross_attention(q, q, q, backend="triton").isfinite().all()
+    finally:
+        matmul.fp32_precision = before
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert launch._tf32(torch.float32)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not launch._tf32(torch.float32)
+
+
 @pytest.mark.parametrize(
     "way", ["two-pass", "split", "short queries", "gate, window", "dropout, uniform", "attend all"]
 )

@@ -276,10 +276,22 @@ def test_lead_and_trivial(mask, lead, trivial):
         (lambda: Mask.media(torch.tensor([[True]]), -3), "tokens_per_media must be positive, got -3"),
         (lambda: Mask.packed(torch.tensor([]).long(), torch.tensor([]).long()), "cu_q and cu_k must begin with 0"),
         (lambda: Mask.packed(torch.tensor([0]), torch.tensor(0)), r"cu_k .*\(\)"),
+        (lambda: Mask.groups(bits(6, 8), 0), "query_group must be positive, got 0"),
+        (lambda: Mask(key_group=-1), "key_group must be positive, got -1"),
+        (lambda: Mask.causal(-1, 8), "num_queries must be at least 0, got -1"),
+        (lambda: Mask.packed(torch.tensor([0, 1]), torch.tensor([0, 1]), -1), "num_queries must be at least 0, got -1"),
+        (lambda: Mask.lengths(torch.tensor([1, 2])) & Mask.lengths(torch.tensor([1, 2, 3])), r"end .*\(2, 1, 1\) and"),
+        (lambda: Mask.key_padding(bits(2, 8)) & Mask.key_padding(bits(2, 7)), r"keys .*\(2, 8\) and \(2, 7\)"),
+        (lambda: Mask.groups(bits(2, 1, 6, 8)) & Mask.groups(bits(3, 1, 6, 8)), r"visible .*\(2, 1, 6, 8\) and"),
+        (
+            lambda: Mask.lengths(torch.tensor([1])) & Mask.lengths(torch.tensor([1], device="meta")),
+            "end must be on one device, got cpu and meta",
+        ),
     ],
     ids=[
         "float", "bool", "two dimensions", "unequal", "cu_q", "media", "five dimensions", "align", "keep", "tokens 0",
-        "tokens below 0", "cu empty", "cu_k",
+        "tokens below 0", "cu empty", "cu_k", "group 0", "group below 0", "queries below 0", "packed below 0", "ends",
+        "keys", "groups", "devices",
     ],
 )  # fmt: skip
 def test_bad_arguments_in_one_sentence(build, words):
@@ -292,6 +304,10 @@ def test_bad_arguments_in_one_sentence(build, words):
     ("build", "message"),
     [
         (lambda: Mask.lengths([3, 0]), "lengths must be a tensor, got list"),
+        (lambda: Mask.window(6, 8, 1.5, 1), "left must be an integer, got 1.5"),
+        (lambda: Mask.media(bits(2, 6), "2"), "tokens_per_media must be an integer, got '2'"),
+        (lambda: Mask.groups(bits(6, 8), 2.0), "query_group must be an integer, got 2.0"),
+        (lambda: Mask.groups(bits(6, 8), 1, None), "key_group must be an integer, got None"),
         (lambda: Mask.key_padding([[True]]), "keep must be a tensor, got list"),
         (lambda: Mask.packed([0, 2], torch.tensor([0, 2])), "cu_q must be a tensor, got list"),
         (lambda: Mask.packed(torch.tensor([0, 2]), (0, 2)), "cu_k must be a tensor, got tuple"),
@@ -307,7 +323,7 @@ def test_bad_arguments_in_one_sentence(build, words):
             "visible must be a tensor of bools, got torch.uint8 of shape (1, 2); if 1 may be seen, pass visible.bool()",
         ),
     ],
-    ids=["lengths", "keep", "cu_q", "cu_k", "locations", "visible", "integers", "floats", "blocks"],
+    ids="lengths window media groups key_group keep cu_q cu_k locations visible integers floats blocks".split(),
 )
 def test_wrong_types_in_one_sentence(build, message):
     with pytest.raises(TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -183,3 +184,20 @@ def test_a_tensor_that_outlived_its_transform(recording, backend):
     grad(lambda t: (left.append(torch.ones_like(t)), t.sum())[1])(y.detach())
     found = torch.autograd.grad(y, q, left[-1], retain_graph=True)
     same(found, torch.autograd.grad(y, q, torch.ones_like(y)))
+
+
+@backends
+def test_batched_gradients(backend):
+    """What PyTorch's own, older vmap does: `is_grads_batched`, and `jacobian` with it."""
+    q, k, v = (torch.randn(1, 1, n, 8, requires_grad=n == 3) for n in (3, 4, 4))
+    y = cross_attention(q, k, v, backend=backend)
+    dy = torch.randn(5, *y.shape)
+    (batched,) = torch.autograd.grad(y, q, dy, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(batched, torch.stack([torch.autograd.grad(y, q, t, retain_graph=True)[0] for t in dy]))
+
+    def jacobian(backend):
+        return torch.autograd.functional.jacobian(
+            partial(cross_attention, k=k, v=v, backend=backend), q, vectorize=True
+        )
+
+    torch.testing.assert_close(jacobian(backend), jacobian("reference"))

@@ -170,6 +170,7 @@ MEMORY = {
     "half": dict(mask="media", dtype=torch.bfloat16),
     "Dv": dict(Dv=32),
     "one head of many": dict(Hq=1, Hk=1, M=12_000, N=12_000),
+    "padding and bias": dict(mask="padding", bias=(0, 1, 1, 1), B=64, M=512, N=512),
 }
 
 
@@ -181,7 +182,46 @@ def test_nothing_of_m_by_n(name, through_lse):
     call = draw(case)
     with Largest() as largest:
         run(call, "torch", through_lse=through_lse)
-    assert largest.bytes <= 4 * case.Hq * case.M * case.N / 12
+    assert largest.bytes <= 4 * case.B * case.Hq * case.M * case.N / 12
+
+
+@pytest.mark.parametrize("scale", [-0.25, 0.0, -1e-30, 1e-50])
+def test_a_scale_that_is_not_positive(scale):
+    """PyTorch's flash kernel multiplies the -inf of its own causal mask by it."""
+    call = draw(replace(BIG, M=300, N=300, mask="causal"))
+    call = call._replace(options=call.options | dict(scale=scale))
+    exact, eager = (run(call, *way, through_lse=False) for way in BACKENDS[1:])
+    assert_within_budget(compare(run(call, "torch", through_lse=False), exact, eager), str(scale))
+
+
+@pytest.mark.parametrize("high", [1e4, 1e6, 1e30])
+@pytest.mark.parametrize("by", ["bias", "logits"])
+def test_gradients_where_lse_is_large(by, high):
+    """p = exp(s - lse) would be wrong by the digits that lse has lost beside it, up to N times."""
+    k = torch.randn(1, 1, 1, 16).expand(-1, -1, 24, -1) if by == "logits" else torch.randn(1, 1, 24, 16)
+    q, v = (torch.randn(1, 1, 24, 16) * n for n in (high if by == "logits" else 1, 1))
+    bias = torch.full((24, 24), high) if by == "bias" else None
+    found = {}
+    for backend in ("torch", "reference"):
+        leaf = v.clone().requires_grad_()
+        cross_attention(q, k, leaf, bias=bias, backend=backend).sum().backward()
+        found[backend] = leaf.grad
+    torch.testing.assert_close(found["torch"], found["reference"])
+
+
+def test_another_default_device():
+    """Tensors are made where those of the call are, not where others are made by default."""
+    q = torch.randn(2, 2, 40, 16, requires_grad=True)
+    masks = Mask.lengths(torch.tensor([5, 40])), Mask(end=torch.arange(40)[None, None]), None
+    bias = torch.randn(40, 40)
+    torch.set_default_device("meta")
+    try:
+        for mask in masks:
+            for options in ({}, dict(softcap=2.0), dict(empty_rows="uniform"), dict(bias=bias)):
+                y = cross_attention(q, q, q, mask, **options)
+                torch.autograd.grad(y.square().sum(), q)
+    finally:
+        torch.set_default_device(None)
 
 
 def test_many_entries():
@@ -246,6 +286,14 @@ def test_nan_in_queries(more):
 
 
 # ---- queries that see nothing ----
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_in_the_mean_of_a_row_that_sees_nothing(bad):
+    q, v = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 5, 4)
+    v[0, 0, 2] = bad
+    y = cross_attention(q, torch.randn(1, 1, 5, 4), v, Mask(end=torch.tensor([[[0, 2, 5]]])), empty_rows="uniform")
+    assert not y[0, 0, [0, 2]].isfinite().any() and y[0, 0, 1].isfinite().all()
 
 
 def interleaved(M: int, N: int) -> Iterator[Mask]:

@@ -57,7 +57,7 @@ class Launcher:
         key = (
             options,
             circumstances(),
-            torch.get_float32_matmul_precision(),
+            _tf32(x.q.dtype),
             *[None if value is None else _signature(value) for value in (*x, *others)],
         )
         found = LAUNCHERS.get(key)
@@ -136,7 +136,7 @@ class Launcher:
             BLOCK_DV=max(16, power_of_two(p.Dv)),
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
-            TF32=torch.get_float32_matmul_precision() != "highest",
+            TF32=_tf32(p.dtype),
             EDGE_STAGES=self.edge_stages(config),
             SKIPS=p.N > FEW_TILES * config.BLOCK_N,
             PACKED=config.packed,
@@ -161,6 +161,11 @@ def binder(template: Any, tensors: Sequence[Any]) -> Callable[[Sequence[Any]], t
         return f"{name}({parts})" if hasattr(value, "_fields") and INTERPRETED.value else f"({parts},)"
 
     return eval(f"lambda t: {code(template)}", names)
+
+
+def _tf32(dtype: torch.dtype) -> bool:
+    """Whether PyTorch allows TF32 for products of this type, by whichever of its switches."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -113,7 +113,7 @@ class GatedCrossAttentionBlock(nn.Module):
         mention gets 0 where it would see the latest medium, and the mean over all media where it would see all before
         it; text after more mentions than media gets that mean too where it would see the latest.
 
-        Returns (B, M, dim).  Raises ValueError if dimensions or media_locations do not fit.
+        Returns (B, M, dim).  Raises ValueError unless x has 3 and media 4 dimensions, and media_locations fits.
         """
         if x.ndim != 3 or media.ndim != 4:
             raise ValueError(

@@ -33,7 +33,7 @@ from crossattn_kernels.tiled.parts import (
 )
 
 READS = 1024  # times that a key is read for which to copy it first is no loss
-FAR = -1e6  # an lse below this has lost digits that p needs
+FAR = 1e3  # an lse farther from 0 has lost digits that p needs
 
 
 def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -72,7 +72,7 @@ def _attend(call: Call, may_flash: bool = True) -> tuple[Tensor, Tensor, Tensor]
         else:
             for piece in small(x, part):
                 loop.forward(call, piece, o, lse, state)
-    if may_flash and call.options.chunk and _absorbed(x, lse):
+    if may_flash and call.options.chunk and _absorbed(lse):
         return _attend(call, may_flash=False)
     return o, lse, state
 
@@ -137,7 +137,7 @@ def backward(
 
 def _shared_out(call: Call, lse: Tensor, may_flash: bool) -> tuple[list[Part], list[Part]]:
     """The parts of the backward that the flash kernel does, and those that the tile loop does."""
-    may_flash = may_flash and not _absorbed(call.x, lse)
+    may_flash = may_flash and not _absorbed(lse)
     by_flash: list[Part] = []
     by_tiles: list[Part] = []
     for part in parts(call, backward=True):
@@ -149,9 +149,9 @@ def _shared_out(call: Call, lse: Tensor, may_flash: bool) -> tuple[list[Part], l
     return by_keys(call, by_flash), by_tiles
 
 
-def _absorbed(x: Inputs, lse: Tensor) -> bool:
-    """True if some lse cannot hold the log of its sum beside a bias of finfo.min; the flash kernel knows only lse."""
-    return x.bias is not None and lse.device.type == "cpu" and bool(((lse < FAR) & lse.isfinite()).any())
+def _absorbed(lse: Tensor) -> bool:
+    """True if some lse is too large to hold the log of its sum; the flash kernel knows only lse."""
+    return lse.device.type == "cpu" and bool(((lse.abs() > FAR) & lse.isfinite()).any())
 
 
 def _zeros(t: Tensor, dtype: torch.dtype) -> Tensor:

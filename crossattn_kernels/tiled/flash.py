@@ -94,7 +94,7 @@ def _operands(call: Call, part: Part) -> tuple[Tensor, Tensor, Tensor, Tensor | 
     if call.by_range and call.filled is None:
         return q, k, v, ranged(x, part, dtype)
     seen = visible(call, part)
-    shown = torch.zeros((), dtype=dtype) if x.bias is None else of_bias(x.bias, part).to(dtype)
+    shown = torch.zeros((), dtype=dtype, device="cpu") if x.bias is None else of_bias(x.bias, part).to(dtype)
     return q, k, v, shown if seen is None else torch.where(seen, shown, -math.inf)
 
 

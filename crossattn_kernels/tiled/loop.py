@@ -42,6 +42,9 @@ def _tiles(call: Call, part: Part, q: Tensor, sloped: bool = False) -> Iterator[
             s += bias
             shown = bias != -math.inf  # NaN is shown
             seen = shown if seen is None else seen & shown
+        if filled is not None and options.empty_rows == "uniform":
+            rows = of(filled, part.batch, part.rows)[..., None]
+            s, seen = s.masked_fill_(rows, 0), None if seen is None else seen | rows
         if seen is not None:
             # a value that is not finite reaches the queries that see it through their logits, and nobody else
             if device != "cpu" or not (finite(k) and finite(v)):  # elsewhere to ask would wait
@@ -50,8 +53,6 @@ def _tiles(call: Call, part: Part, q: Tensor, sloped: bool = False) -> Iterator[
             hidden = ~seen
             s = s.masked_fill_(hidden, -math.inf)
             slope = None if slope is None else slope.masked_fill_(hidden, 0)
-        if filled is not None and options.empty_rows == "uniform":
-            s = s.masked_fill_(of(filled, part.batch, part.rows)[..., None], 0)
         yield Tile(at, s, slope, k, v)
 
 

@@ -88,8 +88,10 @@ def parts(call: Call, backward: bool = False) -> Iterator[Part]:
     for batch in steps(slice(0, B), 1 if apart else max(1, PART // (Hq * M * max(1, N))) if varies else B):
         start, end, agree = _ranges(call, batch)
         heads, alike = Hq * (batch.stop - batch.start), call.by_range and agree
-        # 16-bit gradients are exact in short parts only, see `flash.exact`
-        stairs = _stairs(start, end) if alike and not (backward and x.q.dtype.itemsize == 2) else []
+        # PyTorch's kernel multiplies the -inf of a causal part by the scale; 16-bit gradients are exact in short parts
+        # only, see `flash.exact`
+        causal = alike and np.float32(call.options.scale) > 0 and not (backward and x.q.dtype.itemsize == 2)
+        stairs = _stairs(start, end) if causal else []
         first = 0
         for top, bottom in (*stairs, (M, M)):
             if first < top:
@@ -260,7 +262,8 @@ def _bounded(x: Inputs, part: Part) -> Iterator[Part]:
     if part.kind == "masked" and by_row and n:
         low, high = part.keys.start // 16 * 16, -(-part.keys.stop // 16) * 16  # matrix products like multiples of 16
         part = part._replace(keys=slice(low, min(high, x.sizes[3])))
-        masks = min(b, max(t.shape[0] for t in by_row)) * max(t.shape[1] for t in by_row)
+        entries = max(t.shape[0] for t in (*by_row, x.keys) if t is not None)
+        masks = min(b, entries) * max(t.shape[1] for t in by_row)
         m = max(1, min(m, 2 * TILE // (masks * size(part)[2])))
     yield from pieces(part, b, m)
 
@@ -295,7 +298,8 @@ def few_rows(call: Call, part: Part, least: int) -> list[Part]:
     if part.kind == "whole":
         return []
     if call.by_range:
-        start = torch.zeros(1, 1, 1, dtype=torch.int32) if x.start is None else of(x.start, part.batch, part.rows)
+        zero = torch.zeros(1, 1, 1, dtype=torch.int32, device="cpu")
+        start = zero if x.start is None else of(x.start, part.batch, part.rows)
         end = torch.full_like(start, x.sizes[3]) if x.end is None else of(x.end, part.batch, part.rows)
         start, end = start.clamp(min=0), end.clamp(max=x.sizes[3])
         count = (end - start).expand(-1, -1, m)
@@ -351,8 +355,8 @@ def ranged(x: Inputs, part: Part, dtype: torch.dtype) -> Tensor:
     (_, _, n), low = size(part), part.keys.start
     start, end = (None if t is None else of(t, part.batch, part.rows)[..., None] for t in (x.start, x.end))
     shape = np.broadcast_shapes(*(t.shape for t in (start, end) if t is not None))
-    mask = torch.zeros(*shape[:3], n, dtype=dtype)
-    key = torch.arange(low, part.keys.stop, dtype=torch.int32)
+    mask = torch.zeros(*shape[:3], n, dtype=dtype, device="cpu")
+    key = torch.arange(low, part.keys.stop, dtype=torch.int32, device="cpu")
     if start is not None:
         some = slice(0, max(0, int(start.max()) - low))
         mask[..., some].masked_fill_(key[some] < start, -math.inf)
