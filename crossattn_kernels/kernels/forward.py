@@ -81,7 +81,7 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
                 state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, False, C)
     if C.HIDES:
         if sifts(logits):
-            if not all_finite(state.acc):  # perhaps by a hidden value: where all tiles are such, it is looked for last
+            if not all_finite(state.acc):  # perhaps because of a hidden value
                 state = softmax_init(C.BLOCK_M, C.BLOCK_DV)
                 for key in tl.range(lo, hi, C.BLOCK_N, num_stages=1):
                     state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, True, C)
@@ -119,7 +119,10 @@ def whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first,
 
 @triton.jit
 def any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, AGAIN: tl.constexpr, C: tl.constexpr):
-    """Fold in one tile of keys, whatever is hidden in it; where all tiles are such, NaN only AGAIN."""
+    """Fold in one tile of keys, whatever is hidden in it.
+
+    Where all tiles are sifted, hidden values are looked at only AGAIN, in the run that one of them has caused.
+    """
     heads, rows, cols = column(h), rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :]
     qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, False, C).T, None, C.TF32)
     v_tile = key_tile(v, b, hk, key, N, C.DV, C.BLOCK_DV, False, C)  # (BLOCK_N, BLOCK_DV)
