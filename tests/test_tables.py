@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from crossattn_kernels import tuning
+from crossattn_kernels.aot import products
 from crossattn_kernels.masks import Mask
 from crossattn_kernels.problem import Problem, canonical
 from crossattn_kernels.tuning import CHIPS, Chip, Config, rules, tables
@@ -54,7 +57,8 @@ def test_an_entry_is_found_by_dtype_head_size_kernel_and_kind(folder):
         (dict(plain=False, extras=1), "other"),
         (dict(plain=False, extras=2), "several"),
         (dict(plain=False, extras=1, pairwise=True), "pairs"),
-        (dict(plain=False, extras=2, pairwise=True), "several"),
+        (dict(plain=False, extras=1, bounded=True), "padding"),
+        (dict(plain=False, extras=2, pairwise=True), "several pairs"),
         (dict(plain=False, extras=1, pairwise=True, scattered=True), "scattered"),
         (dict(plain=False, extras=3, pairwise=True, scattered=True), "scattered"),
         (dict(plain=False, extras=3, pairwise=True, scattered=True, drops=True), "dropout"),
@@ -90,7 +94,9 @@ def test_kinds_of_calls():
     ]  # fmt: skip
     assert kind(mask=keys) == kind(gate=bias()[..., :1]) == kind(softcap=3.0) == "other"
     assert kind(bias=bias()) == "pairs" and kind(65, bias=bias(65)) == kind(mask=blocks) == "scattered"
-    assert kind(mask=keys, bias=bias()) == kind(softcap=3.0, empty_rows="uniform") == "several"
+    assert kind(mask=keys, bias=bias()) == "several pairs" and kind(softcap=3.0, empty_rows="uniform") == "several"
+    long = Mask.key_padding(torch.empty(1, 256, dtype=torch.bool, device="meta"))
+    assert kind(256, mask=long) == "padding" and kind(256, mask=long, bias=bias(256)) == "several pairs"
     assert kind(dropout_p=0.1) == kind(dropout_p=0.1, bias=bias(), mask=keys) == "dropout"
     assert kind(dropout_p=0.1, bias=bias(), mask=keys, softcap=3.0) == "many"
 
@@ -206,3 +212,26 @@ def test_shipped_tables_are_whole(path):
               for kind in ("plain", "ranges", "other")}  # fmt: skip
     wanted |= {("half", D, "bias_grad", "other") for D in (64, 128, 256)}
     assert wanted <= {key[1:] for key in keys}
+
+
+def test_the_page_shows_the_tiles_of_dk_and_dv(monkeypatch):
+    """Its table, against that of sm_90 with the Triton of this environment's torch."""
+    monkeypatch.setattr(tables, "_triton", lambda: (3, 7))
+    page = (Path(__file__).parents[1] / "docs" / "schedules.md").read_text()
+    line = r"^\| (\d+) \| ([^|]+) \| (\d+) x (\d+)(?:, narrow)? \| (\d+) \| [\d.]+ \|$"
+    rows = re.findall(line, page, re.MULTILINE)
+    kinds = ["plain", "ranges", "padding", *tables.COARSER]
+    kinds = {kind for kind in kinds if "padded" not in kind and "ragged" not in kind} | {"other"}
+    shown = {}
+    for D in (64, 128, 256):
+        named = [kind for d, names, *_ in rows if d == str(D) for kind in names.split(", ")]
+        for d, names, m, n, cycles in rows:
+            if d == str(D):
+                meant = kinds - set(named) if names.startswith("all but") else names.split(", ")
+                shown |= {(D, kind): tuple(map(int, (m, n, cycles))) for kind in meant}
+    found = {}
+    for D, kind in shown:
+        monkeypatch.setattr(tables, "kind_of", lambda problem, kind=kind: kind)
+        config = tables.lookup(H200, HALF._replace(D=D, Dv=D), "dkv")
+        found[D, kind] = config.BLOCK_M, config.BLOCK_N, int(products.cycles("dkv", config, D, True))
+    assert shown == found and len(shown) == 3 * len(kinds)
