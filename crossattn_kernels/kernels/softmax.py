@@ -122,7 +122,7 @@ def softmax_grad(s, dyv, row, drop, b, h, rows, keys, KEYS: tl.constexpr, ALONE:
     if ALONE:
         p = tl.exp2(s - safe(tl.max(s, KEYS, keep_dims=True)))
         total = tl.sum(p, KEYS, keep_dims=True)
-        p = unless(hidden, p / tl.where(total == 0.0, 1.0, total))
+        p = p / tl.where(total == 0.0, 1.0, total)
         dp -= tl.sum(p * dp, KEYS, keep_dims=True)
     else:
         pivot = safe(row.pivot) if HIDES else row.pivot  # without a mask every row sees something
