@@ -35,10 +35,6 @@ class Mask:
     query_group: int = 1
     key_group: int = 1
 
-    def __post_init__(self) -> None:
-        _integer("query_group", self.query_group, 1)
-        _integer("key_group", self.key_group, 1)
-
     # ---- constructors ----
 
     @staticmethod
@@ -71,7 +67,7 @@ class Mask:
                     f"packed: pass num_queries, cu_q is on {cu_q.device} and reading it would wait for the device"
                 )
             num_queries = int(cu_q[-1])
-        _integer("num_queries", num_queries, 0)
+        check_integer("num_queries", num_queries, 0)
         query = torch.arange(num_queries, device=cu_q.device)
         segment = torch.searchsorted(cu_q.long(), query, right=True) - 1  # (M,)
         inside = segment < cu_q.numel() - 1
@@ -87,7 +83,7 @@ class Mask:
         Text before the first medium sees nothing, nor (with latest=True) does text after more media than there are.
         Flamingo, https://arxiv.org/abs/2204.14198, section 2.3.
         """
-        _integer("tokens_per_media", tokens_per_media, 1)
+        check_integer("tokens_per_media", tokens_per_media, 1)
         if _tensor("locations", locations).ndim != 2:
             raise ValueError(f"locations must be (B, M), got {tuple(locations.shape)}")
         count = locations.bool().long().cumsum(-1)[:, None]  # (B, 1, M)
@@ -102,6 +98,8 @@ class Mask:
         """
         if _bools("visible", visible).ndim > 4:
             raise ValueError(f"visible must have at most 4 dimensions, got {tuple(visible.shape)}")
+        check_integer("query_group", query_group, 1)
+        check_integer("key_group", key_group, 1)
         return Mask(visible=_padded(visible, 4), query_group=query_group, key_group=key_group)
 
     @staticmethod
@@ -124,11 +122,11 @@ class Mask:
         num_queries: int, num_keys: int, left: int | None, right: int | None, device: torch.device | str | None = None
     ) -> Mask:
         """Query i sees keys from i - left to i + right, both included; None leaves that side open."""
-        _integer("num_queries", num_queries, 0)
-        _integer("num_keys", num_keys, 0)
+        check_integer("num_queries", num_queries, 0)
+        check_integer("num_keys", num_keys, 0)
         for name, n in dict(left=left, right=right).items():
             if n is not None:
-                _integer(name, n)
+                check_integer(name, n)
         query = torch.arange(num_queries, device=device)[None, None]
         start = None if left is None else as_range((query - left).clamp(max=num_keys))
         end = None if right is None else as_range((query + right + 1).clamp(max=num_keys))
@@ -246,7 +244,7 @@ def _vector(name: str, x: Tensor) -> Tensor:
     return x
 
 
-def _integer(name: str, n: Any, least: int | None = None) -> None:
+def check_integer(name: str, n: Any, least: int | None = None) -> None:
     if isinstance(n, bool) or not isinstance(n, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {n!r}")
     if least is not None and n < least:

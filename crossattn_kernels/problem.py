@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from crossattn_kernels.masks import Mask, as_range
+from crossattn_kernels.masks import Mask, as_range, check_integer
 
 EMPTY_ROWS = ("zero", "uniform", "attend_all")
 FP32_MAX = torch.finfo(torch.float32).max
@@ -329,6 +329,8 @@ def _kind(dtype: torch.dtype) -> str:
 
 def _fields(mask: Mask, sizes: tuple[int, int, int, int], **given: Tensor) -> Fields:
     """start, end, keys and visible."""
+    check_integer("mask.query_group", mask.query_group, 1)
+    check_integer("mask.key_group", mask.key_group, 1)
     B, Hq, M, N = sizes
     groups = (-(-M // mask.query_group), -(-N // mask.key_group))
     return (

@@ -277,7 +277,7 @@ def test_lead_and_trivial(mask, lead, trivial):
         (lambda: Mask.packed(torch.tensor([]).long(), torch.tensor([]).long()), "cu_q and cu_k must begin with 0"),
         (lambda: Mask.packed(torch.tensor([0]), torch.tensor(0)), r"cu_k .*\(\)"),
         (lambda: Mask.groups(bits(6, 8), 0), "query_group must be positive, got 0"),
-        (lambda: Mask(key_group=-1), "key_group must be positive, got -1"),
+        (lambda: Mask.groups(bits(6, 8), 1, -1), "key_group must be positive, got -1"),
         (lambda: Mask.causal(-1, 8), "num_queries must be at least 0, got -1"),
         (lambda: Mask.packed(torch.tensor([0, 1]), torch.tensor([0, 1]), -1), "num_queries must be at least 0, got -1"),
         (lambda: Mask.lengths(torch.tensor([1, 2])) & Mask.lengths(torch.tensor([1, 2, 3])), r"end .*\(2, 1, 1\) and"),

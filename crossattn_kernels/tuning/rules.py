@@ -25,11 +25,6 @@ class Config(NamedTuple):
     packed: bool = False  # a tile of queries holds all query heads of a key head
     descriptors: bool = False  # tiles of keys are loaded through tensor descriptors (TMA) where chip and strides allow
 
-    @property
-    def small(self) -> bool:
-        """Whether registers are free: two programs have room at any number of them, or a tile is no work for two."""
-        return self.num_warps <= 4 or self.BLOCK_M * self.BLOCK_N <= 1024
-
 
 # by kernel and padded head size: what stays in registers on sm_90 with a mask and a gate or a bias; tables know more
 HALF = {
