@@ -1,8 +1,8 @@
 """Which probabilities are dropped: a function of (seed, batch, head, query, key) only, so every schedule, tile size and
 backend drops the same ones.
 
-The generator is Philox 4x32-7 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011; the fewest rounds
-that pass all their tests), the counter being (key, query, head, batch); Triton's `tl.philox` is the same function.
+The generator is Philox 4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011), the counter being
+(key, query, head, batch); Triton's `tl.philox` is the same function.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 LOW = 0xFFFFFFFF
-ROUNDS = 7
 CACHED = 2**16  # draws whose words stay in a CPU's cache
 
 
@@ -32,7 +31,7 @@ def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> Ten
     """First of the four 32-bit words, as int64; the four words of the counter broadcast against each other."""
     c0, c1, c2, c3 = c0.long(), c1.long(), c2.long(), c3.long()
     k0, k1 = seed & LOW, (seed >> 32) & LOW
-    for _ in range(ROUNDS):
+    for _ in range(10):
         hi_a, lo_a = _multiply(0xD2511F53, c0)
         hi_b, lo_b = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = hi_b ^ c1 ^ k0, lo_b, hi_a ^ c3 ^ k1, lo_a

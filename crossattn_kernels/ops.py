@@ -69,8 +69,8 @@ def forward_op(*call: Any) -> tuple[Tensor, ...]:
 
     y: (B, Hq, M, Dv), laid out as (B, M, Hq, Dv), and lse: (B, Hq, M)
     o: as y, without the gate
-    state: (B, 2, Hq, M), the maximum of the logits s and 1 / sum of exp(s - maximum), of a chunk, and where lse is not
-        exact enough for the kernels' p; theirs is in base 2
+    state: (B, 2, Hq, M), the maximum of the logits s and 1 / sum of exp(s - maximum), for p without rounding twice; the
+        kernels' in base 2, and the other backend's only of a chunk
     filled: bool (1|B, 1|Hq, M), rows that `empty_rows` fills
     """
     return _forward(*_unpack(call))
@@ -125,8 +125,7 @@ def _(*call: Any) -> tuple[Tensor, ...]:
     o = torch.empty_like(y) if _keeps_o(x, backend) else x.q.new_empty(0)
     lse = x.q.new_empty(B, Hq, M, dtype=torch.promote_types(x.q.dtype, torch.float32))
     filled = (*options.mask(x).lead(), M) if _keeps_filled(x, options) else (0,)
-    kept = options.chunk or (backend == "triton" and not x.by_lse)
-    state = lse.new_empty((B, 2, Hq, M) if kept else (0,))
+    state = lse.new_empty((B, 2, Hq, M) if backend == "triton" or options.chunk else (0,))
     return y, o, lse, state, x.q.new_empty(filled, dtype=torch.bool)
 
 

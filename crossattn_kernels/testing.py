@@ -90,14 +90,6 @@ def _ranges(c: Case, device: torch.device | str, g: torch.Generator, heads: int 
     return Mask(start, start + _integers(-5, max(1, c.N // 2), (c.B, heads, c.M), device, g))
 
 
-def _padding(c: Case, device: torch.device | str, g: torch.Generator) -> Mask:
-    """At both ends; nothing else in the first of several entries."""
-    first, last = (_integers(0, c.N, (c.B, 1), device, g) for _ in range(2))
-    key, several = torch.arange(c.N, device=device), torch.arange(c.B, device=device)[:, None] > 0
-    seen = (torch.minimum(first, last) <= key) & (key < torch.maximum(first, last))
-    return Mask.key_padding(seen & (several | (c.B == 1)))
-
-
 def _packed(c: Case, device: torch.device | str, g: torch.Generator) -> Mask:
     """Five segments, the first and the fourth without queries, the third without keys; the last queries in none."""
     cu_q = torch.tensor([0, 0, c.M // 3, c.M // 2, c.M // 2, max(c.M // 2, c.M - 3)], device=device)
@@ -108,7 +100,6 @@ def _packed(c: Case, device: torch.device | str, g: torch.Generator) -> Mask:
 MASKS: dict[str, Callable[[Case, Any, torch.Generator], Mask]] = {
     "lengths": lambda c, d, g: Mask.lengths(_integers(0, c.N, (c.B,), d, g)),
     "padding": lambda c, d, g: Mask.key_padding(_bits((c.B, c.N), d, g, 0.7)),
-    "padding at the ends": _padding,
     "ranges": _ranges,
     "head ranges": lambda c, d, g: _ranges(c, d, g, c.Hq),
     "packed": _packed,
@@ -285,7 +276,7 @@ PLAIN = Case("plain")
 FEATURES = [
     PLAIN,
     *(replace(PLAIN, name=f"mask {m}", mask=m) for m in MASKS),
-    replace(PLAIN, name="long padding", mask="padding at the ends", N=300),
+    replace(PLAIN, name="long padding", mask="padding", N=300),
     *(replace(PLAIN, name=f"{e} {m}", mask=m, empty_rows=e)
       for e in ("uniform", "attend_all") for m in ("ranges", "every second", "all fields", "nothing", "padding")),
     *(replace(PLAIN, name=f"bias {b}", bias=b)

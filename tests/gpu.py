@@ -83,7 +83,7 @@ OPTIONS = [
         (dict(gate="head"), (*FULL_TILES, (700, 32), (1, 4096))),
         (dict(bias=(1, 1, 1, 1)), (*FULL_TILES, (600, 592), (700, 80), (32, 704))),
         (dict(mask="ranges", gate="head"), FULL_TILES),
-        (dict(mask="padding at the ends"), (*FULL_TILES, (1, 4096))),
+        (dict(mask="padding"), (*FULL_TILES, (1, 4096))),
         (dict(mask="ranges", bias=(1, 1, 1, 1)), ((600, 592), (700, 80), (32, 704))),
         (dict(dropout_p=0.1), FULL_TILES),
         (dict(mask="padding", bias=(1, 1, 1, 1), gate="head", dropout_p=0.1), FULL_TILES),

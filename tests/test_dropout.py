@@ -17,14 +17,14 @@ def whole(*values: int) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("counter", "key", "word"),
     [
-        ((0, 0, 0, 0), 0, 0x5F6FB709),
-        ((0xFFFFFFFF,) * 4, 0xFFFFFFFFFFFFFFFF, 0x5207DDC2),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822, 0x4DFCCABA),
+        ((0, 0, 0, 0), 0, 0x6627E8D5),
+        ((0xFFFFFFFF,) * 4, 0xFFFFFFFFFFFFFFFF, 0x408F276D),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822, 0xD16CFE09),
     ],
     ids=["zeros", "ones", "digits of pi"],
 )
 def test_known_answers(counter, key, word):
-    """philox4x32-7 of Random123's kat_vectors, first word."""
+    """philox4x32-10 of Random123's kat_vectors, first word."""
     assert dropout._philox(*whole(*counter), *whole(key)).item() == word
 
 
@@ -42,7 +42,7 @@ def test_philox_is_tritons(seed):
         at = tl.arange(0, n)
         c0, c1 = tl.load(counters + at), tl.load(counters + n + at)
         c2, c3 = tl.load(counters + 2 * n + at), tl.load(counters + 3 * n + at)
-        word, _, _, _ = tl.philox(tl.load(seed), c0, c1, c2, c3, n_rounds=7)
+        word, _, _, _ = tl.philox(tl.load(seed), c0, c1, c2, c3)
         tl.store(out + at, word.to(tl.int64))
 
     n = 512

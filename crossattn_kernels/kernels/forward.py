@@ -23,7 +23,6 @@ from crossattn_kernels.kernels.softmax import (
     tanh,
 )
 from crossattn_kernels.kernels.tiles import (
-    all_finite,
     at,
     column,
     descriptor,
@@ -78,13 +77,7 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
             key = tl.where(i < before, lo, last - before * C.BLOCK_N) + i * C.BLOCK_N
             cols = (key + tl.arange(0, C.BLOCK_N))[None, :]
             if touches(logits.mask, b, column(h), rows[:, None], cols, M, N, C.SKIPS):
-                state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, False, C)
-    if C.HIDES:
-        if sifts(logits):
-            if not all_finite(state.acc):  # perhaps because of a hidden value
-                state = softmax_init(C.BLOCK_M, C.BLOCK_DV)
-                for key in tl.range(lo, hi, C.BLOCK_N, num_stages=1):
-                    state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, True, C)
+                state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C)
     if partial is None:
         store_result(result, state, b, h, rows, M, C)
     else:
@@ -118,16 +111,13 @@ def whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first,
 
 
 @triton.jit
-def any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, AGAIN: tl.constexpr, C: tl.constexpr):
-    """Fold in one tile of keys, whatever is hidden in it.
-
-    Where all tiles are sifted, hidden values are looked at only AGAIN, in the run that one of them has caused.
-    """
+def any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C: tl.constexpr):
+    """Fold in one tile of keys, whatever is hidden in it."""
     heads, rows, cols = column(h), rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :]
     qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, False, C).T, None, C.TF32)
     v_tile = key_tile(v, b, hk, key, N, C.DV, C.BLOCK_DV, False, C)  # (BLOCK_N, BLOCK_DV)
     s = scores(qk, logits, scale, b, heads, rows, cols, M, N)  # (BLOCK_M, BLOCK_N)
-    if C.HIDES & (AGAIN | (not sifts(logits))):
+    if C.HIDES:
         s, v_tile = quarantine(s, v_tile)
     m, l, p, alpha = softmax_step(state.m, state.l, s)
     p = kept(p, drop, b, heads, rows, cols).to(v_tile.dtype)
@@ -155,9 +145,8 @@ def store_result(result, state, b, h, rows, M, C: tl.constexpr):
     out, lse, high, inverse = softmax_finish(state)
     dv = tl.arange(0, C.BLOCK_DV)
     store_vec(result.lse, b, h, rows, M, lse)
-    if result.state is not None:
-        tl.store(at(result.state, (b, 0, h, rows)), high, mask=rows < M)
-        tl.store(at(result.state, (b, 1, h, rows)), inverse, mask=rows < M)
+    tl.store(at(result.state, (b, 0, h, rows)), high, mask=rows < M)
+    tl.store(at(result.state, (b, 1, h, rows)), inverse, mask=rows < M)
     if result.row_gate is not None:
         out *= tanh(load_vec(result.row_gate, b, h, rows, M, 0.0).to(tl.float32))[:, None]
     if result.gate is not None:
@@ -174,7 +163,7 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
     y = x.q.new_empty_strided((B, Hq, M, Dv), (M * Hq * Dv, Dv, Hq * Dv, 1))
     o = torch.empty_like(y) if x.gate_varies else None
     lse = x.q.new_empty(B, Hq, M, dtype=torch.float32)
-    state = lse.new_empty(B, 2, Hq, M) if options.chunk or not x.by_lse else None
+    state = lse.new_empty(B, 2, Hq, M)
     bounds = key_bounds(launch, x)
     filled = filled_rows(launch, x, options, bounds)
     splits, m, l, acc = launch.plan.forward.splits, None, None, None
@@ -185,7 +174,7 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
             lse.new_empty(splits * B, Hq, M, Dv),
         )
 
-    def result(x: Inputs, y: Tensor, o: Tensor | None, lse: Tensor, state: Tensor | None) -> Result:
+    def result(x: Inputs, y: Tensor, o: Tensor | None, lse: Tensor, state: Tensor) -> Result:
         gates = (None, view(x.gate, *y.shape)) if x.gate_varies else (row_gate_view(x), None)
         return Result(rows_view(y), rows_view(o), view(lse), view(state), *gates)
 
@@ -211,4 +200,4 @@ def forward(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor
         if splits > 1:
             launch(merge_kernel, merge, y, o, lse, state, m, l, acc, x.gate)
     bits = x.q.new_empty(0, dtype=torch.bool) if filled is None else filled.view(torch.bool)
-    return y, x.q.new_empty(0) if o is None else o, lse, lse.new_empty(0) if state is None else state, bits
+    return y, x.q.new_empty(0) if o is None else o, lse, state, bits

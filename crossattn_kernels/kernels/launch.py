@@ -105,10 +105,6 @@ class Launcher:
             return partial(_with_allocator, launch) if config.descriptors else launch
 
         options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-        small = {"forward": config.num_warps <= 4, "dkv": config.BLOCK_M * config.BLOCK_N <= 1024}
-        if small.get(CONFIGS[kernel.__name__]) and self.problem.dtype.itemsize == 2 and not INTERPRETED.value:
-            if triton.runtime.driver.active.get_current_target().backend == "cuda":
-                options["maxnreg"] = 255  # or ptxas would spill a few bytes rather than take more than 128
         # the compiler wants to know the fields
         args = bind(tensors) if INTERPRETED.value else (*arguments(*tensors)[1:], C)
         compiled = ready(kernel[(programs,)])(*args, **options)

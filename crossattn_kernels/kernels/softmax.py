@@ -6,12 +6,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from crossattn_kernels.dropout import ROUNDS
 from crossattn_kernels.kernels.tiles import at, finite, load_vec
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 
 
 class Softmax(NamedTuple):
@@ -141,7 +139,7 @@ def kept(x, drop, b, h, rows, keys):
     if drop is not None:
         zero = (rows + keys) * 0
         counter = zero + keys + drop.first_key, zero + rows, zero + h.to(tl.int32), zero + b.to(tl.int32)
-        draw, _, _, _ = tl.philox(tl.load(drop.seed), *counter, n_rounds=PHILOX_ROUNDS)
+        draw, _, _, _ = tl.philox(tl.load(drop.seed), *counter)
         x = tl.where((draw >> 8).to(tl.int32) >= drop.threshold, x * drop.factor, 0.0)
     return x
 

@@ -171,7 +171,7 @@ class Result(NamedTuple):
     y: View
     o: View | None
     lse: View
-    state: View | None  # (B, 2, Hq, M): base-2 maximum of the logits, 1 / sum of 2^(s - maximum); if it is kept
+    state: View  # (B, 2, Hq, M): base-2 maximum of the logits, 1 / sum of 2^(s - maximum)
     row_gate: View | None
     gate: View | None  # one that varies along Dv
     last: Any = LAST
