@@ -22,7 +22,7 @@ test: $(VENV)/.test ## set up, then run the tests; ARGS="-k masks"
 test-tritons: $(VENV)/triton-3.6.0 $(VENV)/triton-3.9.0 ## the kernels with torch 2.11's Triton and with the newest
 	PYTHONPATH=$(VENV)/triton-3.6.0 $(PY) -m pytest -n 2 tests/test_compile.py tests/test_machine_code.py -k "not sm_80 and not sm_100 and not every_option"
 	PYTHONPATH=$(VENV)/triton-3.6.0 $(PY) -m pytest -n 2 tests/test_launch.py tests/test_ptx.py
-	PYTHONPATH=$(VENV)/triton-3.9.0 $(PY) -m pytest -n 2 --dist worksteal tests/test_kernels.py tests/test_kernel_functions.py tests/test_launch.py
+	PYTHONPATH=$(VENV)/triton-3.9.0 $(PY) -m pytest -n 2 --dist worksteal tests/test_kernels.py tests/test_kernels_hidden.py tests/test_kernel_functions.py tests/test_launch.py
 	PYTHONPATH=$(VENV)/triton-3.9.0 $(PY) -m crossattn_kernels compile --arch sm_90 -k "two-pass bf16" --jobs 2
 
 lint: $(VENV)/.test ## ruff and mypy, as in CI

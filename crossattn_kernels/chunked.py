@@ -97,7 +97,7 @@ def cross_attention_chunked(
         o, lse = Chunked.apply(plan, o, lse, state, seed, cast_q, bias, *plan.inputs)
     if gate is not None:
         t = torch.tanh(fit_gate(gate, tuple(o.shape), q))
-        o = torch.empty_like(o).copy_(t * o) if not torch.is_grad_enabled() else (o * t).to(o.dtype)
+        o = torch.empty_like(o).copy_(o * t) if not torch.is_grad_enabled() else (o * t).to(o.dtype)
     return (o, lse) if return_lse else o
 
 

@@ -59,11 +59,6 @@ class Inputs(NamedTuple):
         return self.keys is not None and self.visible is self.bias is None and self.k.shape[2] >= MANY_KEYS
 
     @property
-    def by_lse(self) -> bool:
-        """True when lse gives p as exactly as 16 bits need; beside a large bias it would hold no digits of p."""
-        return self.q.dtype.itemsize == 2 and self.bias is None
-
-    @property
     def gate_varies(self) -> bool:
         """True when the gate differs along Dv, so that the ungated output must be kept for the backward."""
         return self.gate is not None and self.gate.shape[3] > 1

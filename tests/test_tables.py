@@ -57,7 +57,6 @@ def test_an_entry_is_found_by_dtype_head_size_kernel_and_kind(folder):
         (dict(plain=False, extras=1), "other"),
         (dict(plain=False, extras=2), "several"),
         (dict(plain=False, extras=1, pairwise=True), "pairs"),
-        (dict(plain=False, extras=1, bounded=True), "padding"),
         (dict(plain=False, extras=2, pairwise=True), "several pairs"),
         (dict(plain=False, extras=1, pairwise=True, scattered=True), "scattered"),
         (dict(plain=False, extras=3, pairwise=True, scattered=True), "scattered"),
@@ -95,8 +94,6 @@ def test_kinds_of_calls():
     assert kind(mask=keys) == kind(gate=bias()[..., :1]) == kind(softcap=3.0) == "other"
     assert kind(bias=bias()) == "pairs" and kind(65, bias=bias(65)) == kind(mask=blocks) == "scattered"
     assert kind(mask=keys, bias=bias()) == "several pairs" and kind(softcap=3.0, empty_rows="uniform") == "several"
-    long = Mask.key_padding(torch.empty(1, 256, dtype=torch.bool, device="meta"))
-    assert kind(256, mask=long) == "padding" and kind(256, mask=long, bias=bias(256)) == "several pairs"
     assert kind(dropout_p=0.1) == kind(dropout_p=0.1, bias=bias(), mask=keys) == "dropout"
     assert kind(dropout_p=0.1, bias=bias(), mask=keys, softcap=3.0) == "many"
 
@@ -220,7 +217,7 @@ def test_the_page_shows_the_tiles_of_dk_and_dv(monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "schedules.md").read_text()
     line = r"^\| (\d+) \| ([^|]+) \| (\d+) x (\d+)(?:, narrow)? \| (\d+) \| [\d.]+ \|$"
     rows = re.findall(line, page, re.MULTILINE)
-    kinds = ["plain", "ranges", "padding", *tables.COARSER]
+    kinds = ["plain", "ranges", *tables.COARSER]
     kinds = {kind for kind in kinds if "padded" not in kind and "ragged" not in kind} | {"other"}
     shown = {}
     for D in (64, 128, 256):

@@ -155,7 +155,7 @@ def backward(
         p = p.masked_fill_(hidden, 0)
         kept = _kept(call, tile.part, p)
         dp = _dropped(call, kept, _product(do, tile.v.mT)).masked_fill_(hidden, 0)
-        delta = (p * dp if alone else do.double() * o[at]).sum(-1, keepdim=True, dtype=torch.float64).to(lse.dtype)
+        delta = (p * dp if alone else do.double() * o[at]).sum(-1, keepdim=True).to(lse.dtype)
         ds = dp.sub_(delta)  # 0 to the bit where a row sees a single key
         ds = (ds if dlse is None else ds.add_(dlse[at][..., None])).mul_(p).masked_fill_(hidden, 0)
         add(grads.v, tile.part, tile.part.keys, _transposed_product(_dropped(call, kept, p), do, heads))

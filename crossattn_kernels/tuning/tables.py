@@ -31,7 +31,7 @@ COARSER = {
     "padded plain": "plain",
     "padded ranges": "ranges",
     "several pairs": "several",
-    **dict.fromkeys(("padding", "pairs", "scattered", "dropout", "several", "many"), "other"),
+    **dict.fromkeys(("pairs", "scattered", "dropout", "several", "many"), "other"),
 }
 RAGGED = 64  # a plain call is ragged if its keys are no multiple of so many: one tile is not full, in a loop of its own
 Key = tuple[str, int, str, str]
@@ -80,7 +80,7 @@ def kind_of(problem: Problem) -> str:
         return "scattered"
     if p.extras > 1:
         return "several pairs" if p.pairwise else "several"
-    return "pairs" if p.pairwise else "padding" if p.bounded else "other"
+    return "pairs" if p.pairwise else "other"
 
 
 def save(path: Path, arch: str, entries: Iterable[dict[str, Any]]) -> None:
