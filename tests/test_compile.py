@@ -170,7 +170,6 @@ SPILLS = {
         "dkv_kernel of short queries bf16 D128 blocks": 8,
         "dkv_kernel of short keys bf16 D256 bits, ranges": 16,
         "dkv_kernel of short queries bf16 D256 blocks": 8,
-        "dkv_kernel of short queries bf16 D256 ranges, softcap": 8,
         "dkv_kernel of short queries bf16 D256 bits, ranges": 8,
         "forward_kernel of packed decode bf16 D256 blocks": 8,
         "dkv_kernel of two-pass bf16 D160 ranges": 8,
