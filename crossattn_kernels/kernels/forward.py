@@ -23,6 +23,7 @@ from crossattn_kernels.kernels.softmax import (
     tanh,
 )
 from crossattn_kernels.kernels.tiles import (
+    all_finite,
     at,
     column,
     descriptor,
@@ -77,7 +78,12 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
             key = tl.where(i < before, lo, last - before * C.BLOCK_N) + i * C.BLOCK_N
             cols = (key + tl.arange(0, C.BLOCK_N))[None, :]
             if touches(logits.mask, b, column(h), rows[:, None], cols, M, N, C.SKIPS):
-                state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C)
+                state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, False, C)
+    if C.HIDES and sifts(logits):
+        if not all_finite(state.acc):  # perhaps because of a hidden value
+            state = softmax_init(C.BLOCK_M, C.BLOCK_DV)
+            for key in tl.range(lo, hi, C.BLOCK_N, num_stages=1):
+                state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, True, C)
     if partial is None:
         store_result(result, state, b, h, rows, M, C)
     else:
@@ -111,13 +117,16 @@ def whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first,
 
 
 @triton.jit
-def any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C: tl.constexpr):
-    """Fold in one tile of keys, whatever is hidden in it."""
+def any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, AGAIN: tl.constexpr, C: tl.constexpr):
+    """Fold in one tile of keys, whatever is hidden in it.
+
+    Where all tiles are sifted, hidden values are looked at only AGAIN, in the run that one of them has caused.
+    """
     heads, rows, cols = column(h), rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :]
     qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, False, C).T, None, C.TF32)
     v_tile = key_tile(v, b, hk, key, N, C.DV, C.BLOCK_DV, False, C)  # (BLOCK_N, BLOCK_DV)
     s = scores(qk, logits, scale, b, heads, rows, cols, M, N)  # (BLOCK_M, BLOCK_N)
-    if C.HIDES:
+    if C.HIDES and (AGAIN or not sifts(logits)):
         s, v_tile = quarantine(s, v_tile)
     m, l, p, alpha = softmax_step(state.m, state.l, s)
     p = kept(p, drop, b, heads, rows, cols).to(v_tile.dtype)

@@ -118,11 +118,14 @@ class Launcher:
         return triton.cdiv(M * self.problem.group, tile) * B * Hk if config.packed else triton.cdiv(M, tile) * B * Hq
 
     def edge_stages(self, config: Config) -> int:
-        """A second pipeline for a tile or two would make ptxas serialise the products of the first."""
+        """A second pipeline for a tile or two would make ptxas serialise the products of the first.
+
+        Where threads copy one of k and v, because it is not aligned, Triton 3.7 fences the other's copies too early.
+        """
         p = self.problem
-        if p.sifts or p.bounded:
+        if p.bounded or (p.sifts and p.aligned):
             return config.num_stages
-        return 1 if p.masked or p.N % config.BLOCK_N else 0
+        return 1 if p.sifts or p.masked or p.N % config.BLOCK_N else 0
 
     def constants(self, config: Config) -> Constants:
         p = self.problem

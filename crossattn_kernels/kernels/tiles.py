@@ -136,6 +136,12 @@ def finite(x):
 
 
 @triton.jit
+def all_finite(x):
+    """Whether no entry is NaN or infinite: a scalar."""
+    return tl.min((x - x == 0.0).to(tl.int32)) > 0
+
+
+@triton.jit
 def dot(a, b, acc, TF32: tl.constexpr):
     """a b + acc in fp32."""
     if INTERPRETED:
