@@ -57,6 +57,6 @@ def probabilities(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
 def _dropout(x: Inputs, options: Options) -> Tensor:
     """0 where dropped, 1 / (1 - p) where kept: (B, Hq, M, N)."""
     assert x.seed is not None
-    b, h, m, n = (torch.arange(size, device=x.q.device) for size in x.sizes)
-    keep = dropout.keep(x.seed, options.dropout_p, b, h, m, n + options.first_key)
+    (B, Hq, M, N), first = x.sizes, options.first_key
+    keep = dropout.keep(x.seed, options.dropout_p, slice(0, B), Hq, slice(0, M), slice(first, first + N))
     return keep.to(x.q.dtype) / (1 - options.dropout_p)

@@ -15,17 +15,21 @@ def whole(*values: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("counter", "key", "word"),
+    ("counter", "key", "words"),
     [
-        ((0, 0, 0, 0), 0, 0x6627E8D5),
-        ((0xFFFFFFFF,) * 4, 0xFFFFFFFFFFFFFFFF, 0x408F276D),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822, 0xD16CFE09),
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, 0xFFFFFFFFFFFFFFFF, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
     ],
     ids=["zeros", "ones", "digits of pi"],
 )
-def test_known_answers(counter, key, word):
-    """philox4x32-10 of Random123's kat_vectors, first word."""
-    assert dropout._philox(*whole(*counter), *whole(key)).item() == word
+def test_known_answers(counter, key, words):
+    """philox4x32-10 of Random123's kat_vectors."""
+    assert tuple(word.item() for word in dropout._philox(*whole(*counter), *whole(key))) == words
 
 
 SEEDS = [0, 1, 0xFFFFFFFF, 2**32, 2**32 + 1, 0x123456789ABCDEF, 2**62 - 1, 2**63 - 1]
@@ -42,20 +46,22 @@ def test_philox_is_tritons(seed):
         at = tl.arange(0, n)
         c0, c1 = tl.load(counters + at), tl.load(counters + n + at)
         c2, c3 = tl.load(counters + 2 * n + at), tl.load(counters + 3 * n + at)
-        word, _, _, _ = tl.philox(tl.load(seed), c0, c1, c2, c3)
-        tl.store(out + at, word.to(tl.int64))
+        w0, w1, w2, w3 = tl.philox(tl.load(seed), c0, c1, c2, c3)
+        tl.store(out + at, w0.to(tl.int64))
+        tl.store(out + n + at, w1.to(tl.int64))
+        tl.store(out + 2 * n + at, w2.to(tl.int64))
+        tl.store(out + 3 * n + at, w3.to(tl.int64))
 
     n = 512
     counters = torch.randint(2**31, (4, n), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
     counters[:, :4] = torch.tensor([0, 1, 2**31 - 2, 2**31 - 1])
-    out, seed_tensor = torch.empty(n, dtype=torch.int64), torch.tensor(seed)
+    out, seed_tensor = torch.empty(4, n, dtype=torch.int64), torch.tensor(seed)
     draw[(1,)](out, seed_tensor, counters, n=n)
-    assert torch.equal(out & dropout.LOW, dropout._philox(*counters, seed_tensor))
+    assert torch.equal(out & dropout.LOW, torch.stack(dropout._philox(*counters, seed_tensor)))
 
 
 def keep(seed: int, p: float, B: int = 1, H: int = 1, M: int = 1, N: int = 1, first_key: int = 0) -> Tensor:
-    axes = [torch.arange(n) for n in (B, H, M, N)]
-    return dropout.keep(torch.tensor(seed), p, *axes[:3], axes[3] + first_key)
+    return dropout.keep(torch.tensor(seed), p, slice(0, B), H, slice(0, M), slice(first_key, first_key + N))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])

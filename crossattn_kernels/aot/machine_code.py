@@ -136,9 +136,14 @@ def loops(code: str) -> Iterator[Listing]:
 
 
 def busy(code: str, warps: int) -> tuple[float, ...]:
-    """`CYCLES` of one turn of the shortest loop that multiplies."""
-    multiplying = [loop for loop in loops(code) if any(re.match("HG?MMA", opcode) for _, opcode, _ in loop)]
-    loop = min(multiplying, key=len, default=[])
+    """`CYCLES` of one turn of the loop with the fewest instructions for what it multiplies."""
+    counted = [cycles for cycles in map(_counted, loops(code)) if cycles[0]]
+    least = min(counted, key=lambda cycles: cycles[2] / cycles[0], default=(0.0, 0.0, 0.0))
+    return tuple(cycles * warps for cycles in least)
+
+
+def _counted(loop: Listing) -> tuple[float, float, float]:
+    """The same of one turn of a loop, for one warp."""
     product = shared = 0.0
     for _, opcode, operands in loop:
         wide = re.match(r"HGMMA\.64x(\d+)x", opcode)
@@ -150,7 +155,7 @@ def busy(code: str, warps: int) -> tuple[float, ...]:
         elif re.match("LDS|STS|LDGSTS", opcode):
             moved = next((size for part, size in MOVED.items() if part in opcode), 4)
             shared += moved * 32 / BANDWIDTH
-    return product * warps, shared * warps, len(loop) / 4 * warps
+    return product, shared, len(loop) / 4
 
 
 def overlapped(code: str) -> float | None:

@@ -29,7 +29,7 @@ from crossattn_kernels.kernels.scores import (
     touches,
     whole_range,
 )
-from crossattn_kernels.kernels.softmax import across, down, load_row, softmax_grad, weighed
+from crossattn_kernels.kernels.softmax import across, down, indices, load_row, softmax_grad, weighed
 from crossattn_kernels.kernels.tiles import (
     dot,
     dot_in_pairs,
@@ -134,7 +134,8 @@ def dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N
     qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
     dyv = dot_in_pairs(do_tile, v_tile.T, C.TF32)
     s = scores(qk, logits, scale, b, h, rows, keys[None, :], M, N, WHOLE)
-    p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows, keys[None, :], 1, C.ALONE, HIDES)
+    drawn = indices(key, drop, C.BLOCK_N)[None, :]
+    p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows, drawn, 1, C.ALONE, HIDES)
     if sums.gate is not None:
         gated += weighed(pv, dyv, 1)
     if sums.scale is not None:
@@ -214,7 +215,8 @@ def dkv_tile(
     vdy = dot_in_pairs(v_tile, do_tile.T, C.TF32)
     row = across(load_row(known, b, h, rows, M))  # not before the products, where it would take their registers
     s = scores(kq, logits, scale, b, h, rows[None, :], keys, M, N, WHOLE)
-    p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, rows[None, :], keys, 0, C.ALONE, HIDES)
+    drawn = indices(query, drop, C.BLOCK_M)[None, :]
+    p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, drawn, keys, 0, C.ALONE, HIDES)
     if sums.scale is not None:
         no = tl.zeros([C.BLOCK_M], tl.float32)
         scaled = scale_sums((no, no, no), p, ds, kq, logits, scale, b, h, rows[None, :], M, 0)

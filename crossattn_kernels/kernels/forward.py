@@ -14,6 +14,7 @@ from crossattn_kernels.kernels.launch import Launcher
 from crossattn_kernels.kernels.scores import head_scale, key_range, scores, sifts, touches, whole_range
 from crossattn_kernels.kernels.softmax import (
     Softmax,
+    indices,
     kept,
     quarantine,
     softmax_finish,
@@ -78,12 +79,15 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
             key = tl.where(i < before, lo, last - before * C.BLOCK_N) + i * C.BLOCK_N
             cols = (key + tl.arange(0, C.BLOCK_N))[None, :]
             if touches(logits.mask, b, column(h), rows[:, None], cols, M, N, C.SKIPS):
-                state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, False, C)
+                state = any_tile(
+                    state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C.BLOCK_N, False, C
+                )
     if C.HIDES and sifts(logits):
         if not all_finite(state.acc):  # perhaps because of a hidden value
+            FEW: tl.constexpr = 32 if C.BLOCK_N > 32 and not C.TMA else C.BLOCK_N  # or it would take more registers
             state = softmax_init(C.BLOCK_M, C.BLOCK_DV)
-            for key in tl.range(lo, hi, C.BLOCK_N, num_stages=1):
-                state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, True, C)
+            for key in tl.range(lo, hi, FEW, num_stages=1):
+                state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, FEW, True, C)
     if partial is None:
         store_result(result, state, b, h, rows, M, C)
     else:
@@ -101,35 +105,36 @@ def whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first,
     """
     heads, rows, cols = column(h), rows[:, None], tl.arange(0, C.BLOCK_N)[None, :]
     m, l, acc = state.m, state.l, state.acc
-    qk = dot(q_tile, key_tile(k, b, hk, first, N, C.D, C.BLOCK_D, True, C).T, None, C.TF32)
+    qk = dot(q_tile, key_tile(k, b, hk, first, N, C.D, C.BLOCK_D, True, C.BLOCK_N, C).T, None, C.TF32)
     s = scores(qk, logits, scale, b, heads, rows, first + cols, M, N, True)
     m, l, p, alpha = softmax_step(m, l, s)
     p = kept(p, drop, b, heads, rows, first + cols).to(q_tile.dtype)
     for key in tl.range(first + C.BLOCK_N, last, C.BLOCK_N):
-        qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, True, C).T, None, C.TF32)
-        v_tile = key_tile(v, b, hk, key - C.BLOCK_N, N, C.DV, C.BLOCK_DV, True, C)
+        qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, True, C.BLOCK_N, C).T, None, C.TF32)
+        v_tile = key_tile(v, b, hk, key - C.BLOCK_N, N, C.DV, C.BLOCK_DV, True, C.BLOCK_N, C)
         acc = dot(p, v_tile, acc * alpha[:, None], C.TF32)
         s = scores(qk, logits, scale, b, heads, rows, key + cols, M, N, True)
         m, l, p, alpha = softmax_step(m, l, s)
         p = kept(p, drop, b, heads, rows, key + cols).to(q_tile.dtype)
-    v_tile = key_tile(v, b, hk, last - C.BLOCK_N, N, C.DV, C.BLOCK_DV, True, C)
+    v_tile = key_tile(v, b, hk, last - C.BLOCK_N, N, C.DV, C.BLOCK_DV, True, C.BLOCK_N, C)
     return Softmax(m, l, dot(p, v_tile, acc * alpha[:, None], C.TF32))
 
 
 @triton.jit
-def any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, AGAIN: tl.constexpr, C: tl.constexpr):
-    """Fold in one tile of keys, whatever is hidden in it.
+def any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N,
+             STEP: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Fold in STEP keys, whatever is hidden among them.
 
     Where all tiles are sifted, hidden values are looked at only AGAIN, in the run that one of them has caused.
     """
-    heads, rows, cols = column(h), rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :]
-    qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, False, C).T, None, C.TF32)
-    v_tile = key_tile(v, b, hk, key, N, C.DV, C.BLOCK_DV, False, C)  # (BLOCK_N, BLOCK_DV)
-    s = scores(qk, logits, scale, b, heads, rows, cols, M, N)  # (BLOCK_M, BLOCK_N)
+    heads, rows, cols = column(h), rows[:, None], (key + tl.arange(0, STEP))[None, :]
+    qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, False, STEP, C).T, None, C.TF32)
+    v_tile = key_tile(v, b, hk, key, N, C.DV, C.BLOCK_DV, False, STEP, C)  # (STEP, BLOCK_DV)
+    s = scores(qk, logits, scale, b, heads, rows, cols, M, N)  # (BLOCK_M, STEP)
     if C.HIDES and (AGAIN or not sifts(logits)):
         s, v_tile = quarantine(s, v_tile)
     m, l, p, alpha = softmax_step(state.m, state.l, s)
-    p = kept(p, drop, b, heads, rows, cols).to(v_tile.dtype)
+    p = kept(p, drop, b, heads, rows, indices(key, drop, STEP)[None, :]).to(v_tile.dtype)
     return Softmax(m, l, dot(p, v_tile, state.acc * alpha[:, None], C.TF32))
 
 

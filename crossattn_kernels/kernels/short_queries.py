@@ -18,7 +18,7 @@ from crossattn_kernels.kernels.scores import (
     store_scale_sums,
     through_softcap,
 )
-from crossattn_kernels.kernels.softmax import across, load_row, softmax_grad, weighed
+from crossattn_kernels.kernels.softmax import across, indices, load_row, softmax_grad, weighed
 from crossattn_kernels.kernels.tiles import (
     dot,
     dot_in_pairs,
@@ -55,7 +55,8 @@ def short_queries_kernel(q, k, v, do, dk, dv, sums, known, logits, drop, splits,
         kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
         vdy = dot_in_pairs(v_tile, do_tile.T, C.TF32)
         s = scores(kq, logits, scale, b, heads, rows[None, :], keys[:, None], M, N)
-        p, pv, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], keys[:, None], 0, C.ALONE, C.HIDES)
+        drawn = indices(first, drop, C.BLOCK_N)[:, None]
+        p, pv, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], drawn, 0, C.ALONE, C.HIDES)
         if sums.gate is not None:
             gate_sum += weighed(pv, vdy, 0)
         if sums.scale is not None:

@@ -134,12 +134,25 @@ def unless(hidden, x):
 
 
 @triton.jit
+def indices(first, drop, BLOCK: tl.constexpr):
+    """first..first + BLOCK - 1 for `kept`, which draws less if the compiler sees that first is a multiple of BLOCK.
+
+    Indices that a pipelined loop has loaded by come out of the loop's step before, where it sees nothing.
+    """
+    return (first if drop is None else first & -BLOCK) + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def kept(x, drop, b, h, rows, keys):
     """x times 1 / (1 - p) where the probability is kept, 0 where it is dropped: the kernels' `dropout.keep`."""
     if drop is not None:
+        if drop.first_key is not None:
+            keys += drop.first_key
         zero = (rows + keys) * 0
-        counter = zero + keys + drop.first_key, zero + rows, zero + h.to(tl.int32), zero + b.to(tl.int32)
-        draw, _, _, _ = tl.philox(tl.load(drop.seed), *counter)
+        counter = zero + (keys & ~8), zero + (rows & ~8), zero + h.to(tl.int32), zero + b.to(tl.int32)
+        w0, w1, w2, w3 = tl.philox(tl.load(drop.seed), *counter)  # what the compiler finds to be equal it draws once
+        later = (rows & 8) != 0
+        draw = tl.where((keys & 8) != 0, tl.where(later, w3, w2), tl.where(later, w1, w0))
         x = tl.where((draw >> 8).to(tl.int32) >= drop.threshold, x * drop.factor, 0.0)
     return x
 

@@ -72,12 +72,13 @@ def descriptor(x, b, h, n, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.con
 
 
 @triton.jit
-def key_tile(x, b, h, first, n, WIDTH: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr):
-    """x[b, h, first : first + BLOCK_N] as `load_rows` gives it: (BLOCK_N, COLS); with TMA, x is the descriptor."""
+def key_tile(x, b, h, first, n, WIDTH: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr,
+             STEP: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """x[b, h, first : first + STEP] as `load_rows` gives it: (STEP, COLS); with TMA, x is the descriptor."""
     if C.TMA:
         return x.load([first, 0])
     else:
-        return load_rows(x, b, h, first + tl.arange(0, C.BLOCK_N), tl.arange(0, COLS), n, WIDTH, WHOLE)
+        return load_rows(x, b, h, first + tl.arange(0, STEP), tl.arange(0, COLS), n, WIDTH, WHOLE)
 
 
 @triton.jit

@@ -76,13 +76,12 @@ def _scale(call: Call, batch: slice) -> float | Tensor:
 
 def _kept(call: Call, at: Part, p: Tensor) -> Tensor | None:
     """Bool, True where dropout keeps one of p, (b, Hq, m, n); None without dropout."""
-    options, seed, device = call.options, call.x.seed, call.x.q.device
+    options, seed = call.options, call.x.seed
     if not options.dropout_p:
         return None
     assert seed is not None
-    batch, rows, keys = (torch.arange(s.start, s.stop, device=device) for s in (at.batch, at.rows, at.keys))
-    head = torch.arange(p.shape[1], device=device)
-    return dropout.keep(seed, options.dropout_p, batch, head, rows, keys + options.first_key)
+    keys = slice(at.keys.start + options.first_key, at.keys.stop + options.first_key)
+    return dropout.keep(seed, options.dropout_p, at.batch, p.shape[1], at.rows, keys)
 
 
 def _dropped(call: Call, kept: Tensor | None, p: Tensor) -> Tensor:
