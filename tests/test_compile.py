@@ -155,6 +155,14 @@ def test_the_report_has_no_spills(arch):
     assert most == SPILLS[arch]
 
 
+@pytest.mark.parametrize("kernel", ["forward_kernel", "dq_kernel", "dkv_kernel"])
+def test_four_probabilities_share_a_draw_of_dropout(kernel):
+    """A draw for each of 128 x 128 would be 512 a lane; 10 rounds have 4 products or more each, on 4 schedulers."""
+    found = {row["kind"]: row for row in report("sm_90")["rows"] if (row["kernel"], row["D"]) == (kernel, 64)
+             and (row["shape"], row["dtype"]) == ("two-pass", "bf16")}  # fmt: skip
+    assert found["dropout"]["issue_cycles"] - found["plain"]["issue_cycles"] < 128 * 128 / 32 * 10 * 4 / 4
+
+
 # bytes a thread; docs/schedules.md says why
 SPILLS = {
     "sm_80": {

@@ -31,6 +31,7 @@ COARSER = {
     "padded plain": "plain",
     "padded ranges": "ranges",
     "several pairs": "several",
+    "scattered dropout": "dropout",
     **dict.fromkeys(("pairs", "scattered", "dropout", "several", "many"), "other"),
 }
 RAGGED = 64  # a plain call is ragged if its keys are no multiple of so many: one tile is not full, in a loop of its own
@@ -75,7 +76,7 @@ def kind_of(problem: Problem) -> str:
     if p.extras > MOST_EXTRAS:
         return "many"
     if p.drops:
-        return "dropout"
+        return "scattered dropout" if p.scattered else "dropout"
     if p.scattered:
         return "scattered"
     if p.extras > 1:
