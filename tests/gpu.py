@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from bench.jobs import DONE, LEFT_OUT, PENDING, answers
 from bench.rows import path_of
 from bench.supervise import supervise
 from crossattn_kernels import Mask, cross_attention, cross_attention_chunked, explain
-from crossattn_kernels.testing import FEATURES, SIZES, Case, Row, check, draw, poisoned, run, with_dtypes
+from crossattn_kernels.testing import FEATURES, SIZES, Call, Case, Row, check, compare, draw, poisoned, run, with_dtypes
 
 BUDGET = 450.0  # seconds, after which no case is begun
 PATIENCE = 120.0  # seconds that one case may take; nearly all of it is compilation
@@ -86,6 +87,7 @@ OPTIONS = [
         (dict(mask="padding"), (*FULL_TILES, (1, 4096))),
         (dict(mask="ranges", bias=(1, 1, 1, 1)), ((600, 592), (700, 80), (32, 704))),
         (dict(dropout_p=0.1), FULL_TILES),
+        (dict(bias=(1, 1, 1, 1), dropout_p=0.1), FULL_TILES),
         (dict(mask="padding", bias=(1, 1, 1, 1), gate="head", dropout_p=0.1), FULL_TILES),
     )
     for D in (64, 128, 256)
@@ -147,6 +149,27 @@ def chunks() -> list[Row]:
     return [Row("y", error, 2 * yardstick + torch.finfo(y.dtype).eps / 2 * exact.abs().max().item())]
 
 
+def hidden_values(device: str = "cuda", backend: str = "triton", sizes: tuple[int, ...] = (64, 128)) -> list[Row]:
+    """NaN in a key that no query sees: as with 0 there.  The forward runs twice where it lies in a tile with others."""
+    found = []
+    for mask in ("padding", "dense"):
+        for D in sizes:
+            call = draw(replace(REAL, B=1, N=77, D=D, mask=mask, dtype=torch.bfloat16), device)
+            assert call.mask is not None
+            keep = torch.arange(77, device=device) != 10
+            call = call._replace(mask=call.mask & Mask.key_padding(keep))
+
+            def with_key(value: float, call: Call = call) -> Call:
+                k, v = (call.tensors[n].clone() for n in "kv")
+                k[:, :, 10], v[:, :, 10] = value, value
+                return call._replace(tensors=call.tensors | {"k": k, "v": v})
+
+            clean = [run(with_key(0.0), "reference", dtype) for dtype in (torch.float64, None)]
+            rows = compare(run(with_key(math.nan), backend), *clean)
+            found += [row._replace(name=f"{row.name}, {mask}, D {D}") for row in rows]
+    return found
+
+
 def graph() -> list[Row]:
     """A CUDA graph of forward and backward: nothing in a call waits for the device."""
     case = replace(REAL, name="graph", dtype=torch.bfloat16, mask="ranges", gate="head")
@@ -181,7 +204,13 @@ def models() -> list[Row]:
 
 
 CHECKS = dict(
-    bitwise=bitwise, many_programs=many_programs, beyond_int32=beyond_int32, chunks=chunks, graph=graph, models=models
+    bitwise=bitwise,
+    many_programs=many_programs,
+    beyond_int32=beyond_int32,
+    chunks=chunks,
+    hidden_values=hidden_values,
+    graph=graph,
+    models=models,
 )
 
 

@@ -99,6 +99,11 @@ def test_what_does_not_fit_the_budget_is_named(machine, monkeypatch, tmp_path, c
     assert f"{left} left out" in capsys.readouterr().out
 
 
+def test_hidden_values():
+    """The check itself, which says what is wrong of a backend that looks at them."""
+    assert all(row.ok for row in gpu.hidden_values("cpu", "torch", (64,)))
+
+
 def test_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -127,7 +132,7 @@ def test_every_configuration_is_among_the_cases():
                     assert configurations(problem) <= seen, (dtype, D, M, N, kind)
     options = [
         dict(extras=1), dict(extras=1, pairwise=True), dict(extras=1, pairwise=True, scattered=True), dict(extras=2),
-        dict(extras=1, drops=True), dict(extras=4),
+        dict(extras=1, drops=True), dict(extras=2, pairwise=True, scattered=True, drops=True), dict(extras=4),
     ]  # fmt: skip
     for D in (64, 128, 256):
         for M, N in ((4096, 4096), (4096, 77), (32, 4096)):
