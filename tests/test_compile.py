@@ -79,6 +79,12 @@ def test_kernels_keep_to_registers_and_use_the_tensor_cores(arch, D):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_a_call_with_dropout_keeps_to_registers(arch):
+    for row in compiled(arch, Call("two-pass", "bf16", 64, "dropout")):
+        check(arch, row)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_a_call_with_every_option_keeps_to_registers(arch):
     for row in compiled(arch, Call("two-pass", "bf16", 64, "everything")):
         check(arch, row)

@@ -146,8 +146,7 @@ def indices(first, drop, BLOCK: tl.constexpr):
 def kept(x, drop, b, h, rows, keys):
     """x times 1 / (1 - p) where the probability is kept, 0 where it is dropped: the kernels' `dropout.keep`."""
     if drop is not None:
-        if drop.first_key is not None:
-            keys += drop.first_key
+        keys += drop.first_key
         zero = (rows + keys) * 0
         counter = zero + (keys & ~8), zero + (rows & ~8), zero + h.to(tl.int32), zero + b.to(tl.int32)
         w0, w1, w2, w3 = tl.philox(tl.load(drop.seed), *counter)  # what the compiler finds to be equal it draws once

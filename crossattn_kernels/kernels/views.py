@@ -69,7 +69,7 @@ class Dropout(NamedTuple):
     seed: Tensor
     threshold: int
     factor: float
-    first_key: int | None  # None for 0, with which the compiler knows bit 3 of a key
+    first_key: Any  # a constant if it is 0, so that the compiler knows bit 3 of a key
 
 
 def view(t: Tensor | None, *shape: int) -> Any:
@@ -143,7 +143,8 @@ def dropout_view(x: Inputs, options: Options) -> Dropout | None:
     if not options.dropout_p:
         return None
     assert x.seed is not None
-    return Dropout(x.seed, dropout.threshold(options.dropout_p), 1 / (1 - options.dropout_p), options.first_key or None)
+    first = options.first_key or constant(0)
+    return Dropout(x.seed, dropout.threshold(options.dropout_p), 1 / (1 - options.dropout_p), first)
 
 
 class Rows(NamedTuple):
