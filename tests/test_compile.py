@@ -173,7 +173,10 @@ def test_four_probabilities_share_a_draw_of_dropout(kernel):
 SPILLS = {
     "sm_80": {
         "forward_kernel of two-pass bf16 D128 keys": 16,
-        "forward_kernel of short keys bf16 D256 keys, bias, dropout": 184,
+        "forward_kernel of short keys bf16 D128 everything": 8,
+        "forward_kernel of fewer keys bf16 D128 everything": 8,
+        "dkv_kernel of short keys bf16 D256 everything": 8,
+        "dkv_kernel of fewer keys bf16 D256 everything": 8,
         "forward_kernel of short queries bf16 D256 keys": 16,
         "forward_kernel of split bf16 D256 keys": 8,
         "forward_kernel of packed decode bf16 D256 keys": 8,
@@ -181,11 +184,18 @@ SPILLS = {
     },
     "sm_90": {
         "forward_kernel of short queries bf16 D64 keys": 8,
+        "forward_kernel of packed decode bf16 D64 everything": 8,
         "dkv_kernel of short queries bf16 D128 blocks": 8,
+        "bias_grad_kernel of short queries bf16 D128 everything": 32,
+        "dq_kernel of two-pass bf16 D256 everything": 8,
+        "forward_kernel of ragged bf16 D256 bias": 8,
         "dkv_kernel of short keys bf16 D256 bits, ranges": 16,
         "dkv_kernel of short queries bf16 D256 blocks": 8,
         "dkv_kernel of short queries bf16 D256 bits, ranges": 8,
-        "forward_kernel of packed decode bf16 D256 blocks": 8,
+        "dq_kernel of short queries bf16 D256 everything": 8,
+        "forward_kernel of split bf16 D256 everything": 8,
+        "dq_kernel of split bf16 D256 everything": 32,
+        "forward_kernel of packed decode bf16 D256 everything": 8,
         "dkv_kernel of two-pass bf16 D160 ranges": 8,
     },
     "sm_100": {
