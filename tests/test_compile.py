@@ -200,7 +200,13 @@ SPILLS = {
     },
     "sm_100": {
         "dq_kernel of short queries bf16 D128 bits": 8,
+        "forward_kernel of short queries bf16 D128 keys, bias, dropout": 8,
+        "forward_kernel of split bf16 D128 everything": 8,
+        "forward_kernel of two-pass bf16 D256 dropout": 16,
         "dq_kernel of short queries bf16 D256 keys": 8,
+        "forward_kernel of short queries bf16 D256 dropout": 8,
+        "forward_kernel of packed decode bf16 D256 everything": 24,
+        "forward_kernel of two-pass bf16 D40 bits": 8,
         "dkv_kernel of two-pass fp32 D64 everything": 24,
     },
 }
