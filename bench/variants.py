@@ -27,11 +27,11 @@ def whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first,
     heads, rows, cols = column(h), rows[:, None], tl.arange(0, C.BLOCK_N)[None, :]
     m, l, acc = state.m, state.l, state.acc
     for key in tl.range(first, last, C.BLOCK_N):
-        qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, True, C).T, None, C.TF32)
+        qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, True, C.BLOCK_N, C).T, None, C.TF32)
         s = scores(qk, logits, scale, b, heads, rows, key + cols, M, N, True)
         m, l, p, alpha = softmax_step(m, l, s)
         p = kept(p, drop, b, heads, rows, key + cols).to(q_tile.dtype)
-        v_tile = key_tile(v, b, hk, key, N, C.DV, C.BLOCK_DV, True, C)
+        v_tile = key_tile(v, b, hk, key, N, C.DV, C.BLOCK_DV, True, C.BLOCK_N, C)
         acc = dot(p, v_tile, acc * alpha[:, None], C.TF32)
     return Softmax(m, l, acc)
 
