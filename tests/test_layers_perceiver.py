@@ -81,6 +81,7 @@ def test_the_first_queries_are_shared_by_the_batch(monkeypatch):
 
 
 def test_bf16():
+    torch.manual_seed(0)  # or weights and error depend on what the process drew before
     ours, _ = flamingo_pytorch_pair(torch.bfloat16)
     x = torch.randn(2, 3, 7, 16).bfloat16()
     got, exact = results(ours, dict(x=x)), results(ours.double(), dict(x=x.double()))
