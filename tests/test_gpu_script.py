@@ -100,7 +100,7 @@ def test_what_does_not_fit_the_budget_is_named(machine, monkeypatch, tmp_path, c
 
 
 def test_hidden_values():
-    """The check itself, which says what is wrong of a backend that looks at them."""
+    """The check itself, with a backend that runs here."""
     assert all(row.ok for row in gpu.hidden_values("cpu", "torch", (64,)))
 
 

@@ -85,8 +85,8 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
     if C.HIDES and sifts(logits):
         if not all_finite(state.acc):  # perhaps because of a hidden value
             # few at a time need fewer registers than the first run; as wide products of 16 ptxas would serialise them
-            few: tl.constexpr = 16 if C.BLOCK_M < 64 or C.BLOCK_N < 32 else 32
-            FEW: tl.constexpr = C.BLOCK_N if C.TMA else few
+            narrow: tl.constexpr = C.BLOCK_M < 64 or C.BLOCK_N < 32
+            FEW: tl.constexpr = C.BLOCK_N if C.TMA else (16 if narrow else 32)
             state = softmax_init(C.BLOCK_M, C.BLOCK_DV)
             for key in tl.range(lo, hi, FEW, num_stages=1):
                 state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, FEW, True, C)
