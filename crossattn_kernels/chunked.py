@@ -205,7 +205,7 @@ def _columns(bias: Tensor, piece: Piece) -> Tensor:
 
 def _check_types(q: Tensor, mask: Mask | None, bias: Tensor | None) -> None:
     for name, t in ("q", q), ("bias", bias):
-        if not isinstance(t, Tensor) and (name, t) != ("bias", None):
+        if not isinstance(t, Tensor) and (t is not None or name == "q"):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: {shapes(q=q)}")
     if mask is not None and not isinstance(mask, Mask):
         raise TypeError(

@@ -225,15 +225,9 @@ class CastOnce(torch.autograd.Function):
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, q, k and v take the autocast dtype, as SDPA's do; fp64 stays as it is there too."""
-    # torch.compile of torch 2.11 can trace none of these questions but is_autocast_enabled
-    compiling = torch.compiler.is_compiling()
-    if not compiling and not torch._C._is_any_autocast_enabled():
+    if not autocasts(tensors[0]):
         return tensors
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    available = compiling or torch.amp.is_autocast_available(kind)
-    if not available or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
 
     def cast(t: Tensor) -> Tensor:
         if not isinstance(t, Tensor) or not t.dtype.is_floating_point or t.dtype in (dtype, torch.float64):
@@ -242,6 +236,16 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return CastOnce.apply(t, dtype) if expanded else t.to(dtype)
 
     return tuple(cast(t) for t in tensors)
+
+
+def autocasts(t: Tensor) -> bool:
+    """Whether autocast is on where `t` is."""
+    # torch.compile of torch 2.11 can trace none of these questions but is_autocast_enabled
+    compiling = torch.compiler.is_compiling()
+    if not isinstance(t, Tensor) or not (compiling or torch._C._is_any_autocast_enabled()):
+        return False
+    kind = t.device.type
+    return (compiling or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:

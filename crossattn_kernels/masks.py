@@ -59,6 +59,8 @@ class Mask:
         cu_q, cu_k = _vector("cu_q", cu_q), _vector("cu_k", cu_k)
         if cu_q.shape != cu_k.shape:
             raise ValueError(f"cu_q and cu_k must have one shape, got {tuple(cu_q.shape)} and {tuple(cu_k.shape)}")
+        if cu_q.device != cu_k.device:
+            raise ValueError(f"cu_q and cu_k must be on one device, got {cu_q.device} and {cu_k.device}")
         if cu_q.shape[0] == 0:
             raise ValueError("cu_q and cu_k must begin with 0, got (0,), which holds no number")
         if num_queries is None:
@@ -114,6 +116,8 @@ class Mask:
         """Query i sees keys up to i ("top-left", as SDPA) or up to i + N - M ("bottom-right", as FlashAttention)."""
         if align not in ("top-left", "bottom-right"):
             raise ValueError(f"align must be 'top-left' or 'bottom-right', got {align!r}")
+        check_integer("num_queries", num_queries, 0)
+        check_integer("num_keys", num_keys, 0)
         shift = num_keys - num_queries if align == "bottom-right" else 0
         return Mask.window(num_queries, num_keys, None, shift, device=device)
 
@@ -168,6 +172,10 @@ class Mask:
 
     def slice_keys(self, first: int, last: int) -> Mask:
         """The mask as keys first..last-1 see it, renumbered from 0: what one chunk of a long context needs."""
+        check_integer("first", first, 0)
+        check_integer("last", last, 0)
+        if last < first:
+            raise ValueError(f"last must be at least first, got first={first} and last={last}")
         visible, group = self.visible, self.key_group
         if visible is not None and visible.shape[-1] > 1:
             visible = visible[..., first // group : -(-last // group)]
@@ -187,8 +195,7 @@ class Mask:
 
     def as_dense(self, B: int, Hq: int, M: int, N: int) -> Tensor:
         """Bool (B, Hq, M, N), True where a query may see a key.  Quadratic: for tests and small problems."""
-        tensors = [x for x in (self.start, self.end, self.keys, self.visible) if x is not None]
-        device = tensors[0].device if tensors else None
+        device = self._check_sizes(B, Hq, M, N)
         key = torch.arange(N, device=device)
         seen = torch.ones(B, Hq, M, N, dtype=torch.bool, device=device)
         if self.start is not None:
@@ -203,6 +210,28 @@ class Mask:
             col = key // self.key_group if visible.shape[-1] > 1 else [0] * N
             seen &= visible[..., row, :][..., col]
         return seen
+
+    def _check_sizes(self, B: int, Hq: int, M: int, N: int) -> torch.device | None:
+        """The device of the fields, which are checked here where no call has checked them."""
+        for name, n in dict(B=B, Hq=Hq, M=M, N=N).items():
+            check_integer(name, n, 0)
+        check_integer("query_group", self.query_group, 1)
+        check_integer("key_group", self.key_group, 1)
+        groups = (-(-M // self.query_group), -(-N // self.key_group))
+        targets = dict(start=(B, Hq, M), end=(B, Hq, M), keys=(B, N), visible=(B, Hq, *groups))
+        device = None
+        for name, target in targets.items():
+            x = getattr(self, name)
+            if x is None:
+                continue
+            (_bools if name in ("keys", "visible") else _integers)(name, x)
+            sizes = zip(reversed(x.shape), reversed(target))
+            if x.ndim > len(target) or not all(n == 1 or n == full for n, full in sizes):
+                raise ValueError(f"{name} must broadcast to {target}, got {tuple(x.shape)}")
+            device = x.device if device is None else device
+            if x.device != device:
+                raise ValueError(f"the fields of a mask must be on one device, got {device} and {x.device}")
+        return device
 
 
 # an input of torch.export, in files too, and of torch.load with weights_only
@@ -227,7 +256,14 @@ def _padded(x: Tensor, rank: int) -> Tensor:
 def _tensor(name: str, x: Tensor) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(not_dense(name, x))
     return x
+
+
+def not_dense(name: str, x: Tensor) -> str:
+    got = "nested: pad it, and pass Mask.lengths" if x.is_nested else f"sparse: pass {name}.to_dense()"
+    return f"{name} must be a dense tensor, not {got}"
 
 
 def _bools(name: str, x: Tensor) -> Tensor:
@@ -238,8 +274,18 @@ def _bools(name: str, x: Tensor) -> Tensor:
     return x
 
 
+def _integers(name: str, x: Tensor) -> Tensor:
+    if not _is_integer(_tensor(name, x)):
+        raise TypeError(f"{name} must be a tensor of integers, got {x.dtype} of shape {tuple(x.shape)}")
+    return x
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
 def _vector(name: str, x: Tensor) -> Tensor:
-    if _tensor(name, x).ndim != 1 or x.dtype.is_floating_point or x.dtype == torch.bool:
+    if _tensor(name, x).ndim != 1 or not _is_integer(x):
         raise ValueError(f"{name} must be a one-dimensional integer tensor, got {tuple(x.shape)} of {x.dtype}")
     return x
 
@@ -254,6 +300,8 @@ def check_integer(name: str, n: Any, least: int | None = None) -> None:
 def _both(name: str, combine: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
+    for x in (a, b):
+        (_bools if name == "keys" else _integers)(name, x)
     _combinable(name, a, b)
     return combine(a, b)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from crossattn_kernels.masks import Mask, as_range, check_integer
+from crossattn_kernels.masks import Mask, as_range, check_integer, not_dense
 
 EMPTY_ROWS = ("zero", "uniform", "attend_all")
 FP32_MAX = torch.finfo(torch.float32).max
@@ -194,7 +194,7 @@ def canonical(
     given = dict(q=q, k=k, v=v)  # what an error message shows
     shared = Inputs(*map(_unit_last_stride, (q, k, v)))
     B, Hq, M, N = shared.sizes
-    bias = None if bias is None else _fit("bias", _typed("bias", bias, "floats", **given), (B, Hq, M, N), **given)
+    bias = None if bias is None else fit("bias", typed("bias", bias, "floats", **given), (B, Hq, M, N), **given)
     if isinstance(mask, Tensor):
         mask, bias = _from_tensor(mask, bias, (B, Hq, M, N), **given)
     elif mask is not None and not isinstance(mask, Mask):
@@ -220,20 +220,21 @@ def shapes(**tensors: object) -> str:
     return ", ".join(f"{n} {SPEC[n] + ' ' if n in SPEC else ''}is {tuple(t.shape)}" for n, t in named)
 
 
+def _where(**given: object) -> str:
+    said = shapes(**given)
+    return f": {said}" if said else ""
+
+
 def one_of(name: str, value: T, allowed: tuple[T, ...], **given: Tensor) -> T:
     if value not in allowed:
-        where = f": {shapes(**given)}" if given else ""
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{where}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{_where(**given)}")
     return value
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     given = dict(q=q, k=k, v=v)
+    check_dense(**given)
     for name, t in given.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: {shapes(**given)}")
-    for name, t in given.items():
-        _dense(name, t)
         if t.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions: {shapes(**given)}")
     if not q.dtype == k.dtype == v.dtype:
@@ -249,6 +250,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         swapped = _misfit(*(t.transpose(1, 2) for t in given.values())) is None
         hint = " (if heads are the third dimension, pass transpose(1, 2) of each)" if swapped else ""
         raise ValueError(f"{wrong} does not fit{hint}: {shapes(**given)}")
+
+
+def check_dense(**given: Tensor) -> None:
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}{_where(**given)}")
+    for name, t in given.items():
+        _dense(name, t)
 
 
 def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -278,7 +287,7 @@ def fits(size: int, full: int) -> bool:
     return size == 1 or size == full
 
 
-def _fit(name: str, t: Tensor, target: tuple[int, ...], **given: Tensor) -> Tensor:
+def fit(name: str, t: Tensor, target: tuple[int, ...], **given: Tensor) -> Tensor:
     """`t` with leading dimensions of 1, checked to broadcast to `target`."""
     _same_device(name, t, **given)
     full = t if t.ndim >= len(target) else t.view(*(1,) * (len(target) - t.ndim), *t.shape)
@@ -296,23 +305,22 @@ def _padding_hint(mask: Tensor, target: tuple[int, ...]) -> str:
 
 
 def _same_device(name: str, t: Tensor, **given: Tensor) -> None:
-    if t.device != given["q"].device:
-        raise ValueError(f"{name} is on {t.device} but q is on {given['q'].device}: {shapes(**given, **{name: t})}")
+    other, q = next(iter(given.items()))
+    if t.device != q.device:
+        raise ValueError(f"{name} is on {t.device} but {other} is on {q.device}: {shapes(**given, **{name: t})}")
 
 
-def _typed(name: str, t: Any, kind: str, **given: Tensor) -> Tensor:
+def typed(name: str, t: Any, kind: str, **given: Tensor) -> Tensor:
     """`t`, checked to be a dense tensor of "floats", "integers" or "bools"."""
-    if isinstance(t, Tensor) and kind == _kind(t.dtype):
-        return _dense(name, t, **given)
+    if isinstance(t, Tensor) and kind == _kind(_dense(name, t, **given).dtype):
+        return t
     got = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-    raise TypeError(f"{name} must be a tensor of {kind}, got {got}: {shapes(**given)}")
+    raise TypeError(f"{name} must be a tensor of {kind}, got {got}{_where(**given)}")
 
 
 def _dense(name: str, t: Tensor, **given: Tensor) -> Tensor:
     if t.is_nested or t.layout != torch.strided:
-        got = "nested: pad it, and pass Mask.lengths" if t.is_nested else f"sparse: pass {name}.to_dense()"
-        where = f": {shapes(**given)}" if given else ""
-        raise TypeError(f"{name} must be a dense tensor, not {got}{where}")
+        raise TypeError(not_dense(name, t) + _where(**given))
     return t
 
 
@@ -337,28 +345,28 @@ def _fields(mask: Mask, sizes: tuple[int, int, int, int], **given: Tensor) -> Fi
 
 
 def _range(name: str, t: Tensor | None, target: tuple[int, ...], **given: Tensor) -> Tensor | None:
-    return None if t is None else _fit(name, as_range(_typed(name, t, "integers", **given)), target, **given)
+    return None if t is None else fit(name, as_range(typed(name, t, "integers", **given)), target, **given)
 
 
 def _bits(name: str, t: Tensor | None, target: tuple[int, ...], **given: Tensor) -> Tensor | None:
     if t is None:
         return None
-    t = _fit(name, _typed(name, t, "bools", **given), target, **given)
+    t = fit(name, typed(name, t, "bools", **given), target, **given)
     return t.expand(t.shape[0], target[1]) if len(target) == 2 else t
 
 
 def fit_gate(gate: Tensor, target: tuple[int, ...], q: Tensor, **others: Tensor) -> Tensor:
     """() or (1,) one gate; (Hq,) one a head; (Hq, Dv) one a channel of a head; otherwise the usual broadcasting."""
-    _same_device("gate", _typed("gate", gate, "floats", q=q, **others), q=q, **others)
+    _same_device("gate", typed("gate", gate, "floats", q=q, **others), q=q, **others)
     if gate.ndim == 1 and fits(gate.shape[0], target[1]):
         gate = gate.view(1, -1, 1, 1)
     elif gate.ndim == 2 and fits(gate.shape[0], target[1]) and fits(gate.shape[1], target[3]):
         gate = gate.view(1, gate.shape[0], 1, gate.shape[1])
-    return _fit("gate", gate, target, q=q, **others)
+    return fit("gate", gate, target, q=q, **others)
 
 
 def _head_scale(scale: Tensor, Hq: int, **given: Tensor) -> Tensor:
-    _same_device("scale", _typed("scale", scale, "floats", **given), **given)
+    _same_device("scale", typed("scale", scale, "floats", **given), **given)
     if scale.ndim > 1 or not all(fits(size, Hq) for size in scale.shape):
         raise ValueError(
             f"scale must be a float or a tensor of shape () or ({Hq},), got {tuple(scale.shape)}: {shapes(**given)}"
@@ -407,7 +415,7 @@ def _from_tensor(
     if kind not in ("bools", "floats"):
         got = f"{t.dtype} of shape {tuple(t.shape)}{_padding_hint(t, target)}"
         raise TypeError(f"mask must be a Mask or a tensor of bools or floats, got {got}: {shapes(**given)}")
-    t = _fit("mask", t, target, **given)
+    t = fit("mask", t, target, **given)
     if kind == "floats":
         return Mask(), t if bias is None else _sum(bias, t)
     # one bit a key is key padding, which is cheaper than a dense mask

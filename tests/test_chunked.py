@@ -256,6 +256,7 @@ def keep(*shape):
         (dict(mask=Mask.groups(torch.ones(11, 2) > 0, 1, 4)), ValueError, "mask.visible must cover the 11 keys"),
         (dict(mask=torch.ones(2, 11) > 0), TypeError, r"must be a Mask.*key_padding.*got Tensor.*mask is \(2, 11\)"),
         (dict(mask="lengths"), TypeError, "mask must be a Mask.*got str"),
+        (dict(bias=torch.zeros(2, 11).numpy()), TypeError, "bias must be a tensor, got ndarray"),
         (dict(scale=torch.ones(())), NotImplementedError, "multiply q"),
         (dict(backend="reference"), NotImplementedError, "no chunks"),
         (dict(backend="fast"), ValueError, "backend"),

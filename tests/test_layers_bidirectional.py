@@ -245,6 +245,8 @@ def test_a_mask_that_does_not_fit_is_named(wrong):
     layer, vision, text = BiMultiheadAttention(16, 12, 8, 2), torch.randn(2, 3, 16), torch.randn(2, 5, 12)
     with pytest.raises(ValueError, match=r"text_attention_mask must be bool \(2, 5\), True for padding, got torch\."):
         layer(vision, text, text_attention_mask=wrong)
+    with pytest.raises(TypeError, match="text_attention_mask must be a tensor, got Mask"):
+        layer(vision, text, text_attention_mask=Mask.lengths(torch.tensor([3, 5])))
 
 
 @pytest.mark.parametrize(

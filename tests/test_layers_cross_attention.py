@@ -373,3 +373,35 @@ def test_wrong_calls():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+    for wrong in (3, (cache.k,), (*cache, cache.v)):
+        with pytest.raises(TypeError, match=r"context_cache must be a ContextCache, \(k, v\), got"):
+            layer(x, context_cache=wrong)
+
+
+class Casting(nn.Linear):
+    """Takes any dtype, as a quantised projection does."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+class CastingNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+def test_another_dtype_is_for_what_takes_it():
+    layer, (x, context) = CrossAttention(DIM, CONTEXT, 4), draw(dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"x must be torch.float32, as the weights are, got torch.bfloat16 of shape"):
+        layer(x, context.float())
+    with pytest.raises(TypeError, match=r"context must be torch.float32, .* got torch.bfloat16 of shape \(2, 7, 24\)"):
+        layer.project_context(context)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x, context.float()).isfinite().all()
+    hook = layer.q_proj.register_forward_pre_hook(lambda module, args: args[0].float())
+    assert layer(x, context.float()).dtype == torch.float32
+    hook.remove()
+    layer.q_proj = Casting(DIM, DIM, False)
+    assert layer(x, context.float()).dtype == torch.float32
+    casting = CrossAttention(DIM, CONTEXT, 4, norm=CastingNorm)
+    assert casting(x, context.float()).dtype == torch.float32

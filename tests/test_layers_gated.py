@@ -184,6 +184,11 @@ def test_wrong_shapes():
         block(x, media, locations)
     with pytest.raises(ValueError, match=r"media_locations must be \(B, M\), got \(2, 10\): x is .*, media is \(3, "):
         block(x, media, torch.zeros(2, 10, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"media_locations must be \(B, M\), got \(3, 10\): x is \(2, 10, 16\), media"):
+        block(x[:2], media, torch.zeros(3, 10, dtype=torch.bool))
+    for wrong in (locations.tolist(), locations.to_sparse()):
+        with pytest.raises(TypeError, match="media_locations must be a"):
+            block(x, media, wrong)
     with pytest.raises(ValueError, match=r"media \(B, T, n, dim_visual\), got \(3, 10, 16\) and \(3, 15, 16\)"):
         block(x, media.flatten(1, 2), locations)
     with pytest.raises(ValueError, match="use_cached_media needs media_locations"):

@@ -323,6 +323,13 @@ def test_wrong_calls():
         ),
         ((query, key, value), dict(key_padding_mask=hidden.long()), TypeError, "key_padding_mask .*torch.int64"),
         ((query, key, value), dict(attn_mask=Mask.causal(M, N)), TypeError, "attn_mask must be a tensor .* got Mask"),
+        ((query[0, 0], key, value), {}, ValueError, r"all have 3 dimensions.*query is \(32,\)"),
+        (
+            (query[:, 0], key[:, 0], value[:, 0]),
+            dict(key_padding_mask=Mask.causal(M, N)),
+            TypeError,
+            "key_padding_mask must be a tensor .* got Mask",
+        ),
         ((query, key, value), dict(attn_mask=hidden), ValueError, r"\(5, 7\) or \(12, 5, 7\), got \(3, 7\)"),
         (
             (torch.nested.nested_tensor([key[0]], layout=torch.jagged),) * 3,

@@ -160,6 +160,8 @@ def test_wrong_calls():
     for count in (-1, 7):
         with pytest.raises(ValueError, match=f"query_length must be from 0 to 6, got {count}"):
             ours(x, None, image, query_length=count)
+    with pytest.raises(TypeError, match=r"query_length must be an integer, got 2\.5"):
+        ours(x, None, image, query_length=2.5)
     with pytest.raises(ValueError, match="dim must be a multiple of heads, got dim=24 and heads=5"):
         QFormerLayer(24, 5)
 

@@ -331,6 +331,46 @@ def test_wrong_types_in_one_sentence(build, message):
     assert str(error.value) == message
 
 
+DENSE = Mask.groups(bits(M, N))
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: Mask.lengths(torch.ones(B, dtype=torch.complex64)), ValueError, "lengths must be a one-"),
+        (lambda: Mask.lengths(torch.tensor([3, 0]).to_sparse()), TypeError, "lengths must be a dense .* sparse"),
+        (lambda: Mask.key_padding(torch.nested.nested_tensor([KEEP[0]])), TypeError, "keep must be .* not nested"),
+        (lambda: Mask.packed(torch.tensor([0, 2]), torch.zeros(2, device="meta").int()), ValueError, "one device"),
+        (lambda: Mask.causal(M, None, "bottom-right"), TypeError, "num_keys must be an integer, got None"),
+        (lambda: DENSE.slice_keys(-1, 3), ValueError, "first must be at least 0, got -1"),
+        (lambda: DENSE.slice_keys(3, 2), ValueError, "last must be at least first, got first=3 and last=2"),
+        (lambda: DENSE.slice_keys(0, 1.5), TypeError, "last must be an integer, got 1.5"),
+        (lambda: Mask(keys=torch.ones(B, N)) & Mask.key_padding(KEEP), TypeError, "keys must be a tensor of bools"),
+        (lambda: Mask(start="x") & Mask.window(M, N, 1, 1), TypeError, "start must be a tensor, got str"),
+        (lambda: Mask().as_dense(B, H, M, -1), ValueError, "N must be at least 0, got -1"),
+        (lambda: Mask().as_dense(B, 2.0, M, N), TypeError, "Hq must be an integer, got 2.0"),
+        (lambda: dense(DENSE, M, N + 1), ValueError, r"visible must broadcast to \(2, 2, 5, 8\), got \(1, 1, 5, 7\)"),
+        (lambda: dense(DENSE, M, N - 1), ValueError, r"visible must broadcast to \(2, 2, 5, 6\), got \(1, 1, 5, 7\)"),
+        (lambda: dense(Mask.key_padding(KEEP), M, 3), ValueError, r"keys must broadcast to \(2, 3\), got \(2, 7\)"),
+        (lambda: dense(Mask.causal(M, N), 3), ValueError, r"end must broadcast to \(2, 2, 3\), got \(1, 1, 5\)"),
+        (lambda: dense(Mask(keys=KEEP[:, None])), ValueError, r"keys must broadcast to \(2, 7\), got \(2, 1, 7\)"),
+        (lambda: dense(Mask(start=torch.ones(M))), TypeError, "start must be a tensor of integers, got torch.float32"),
+        (lambda: dense(Mask(visible=bits(M, N).int())), TypeError, "visible must be a tensor of bools, got"),
+        (lambda: dense(Mask(visible=bits(M, N), query_group=0)), ValueError, "query_group must be positive, got 0"),
+        (
+            lambda: dense(Mask(start=torch.zeros(M).int(), end=torch.ones(M, device="meta").int())),
+            ValueError,
+            "fields of a mask must be on one device, got cpu and meta",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_what_would_fail_inside_of_torch_is_named(build, error, words):
+    with pytest.raises(error, match=words) as raised:
+        build()
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("short", "full"),
     [

@@ -147,6 +147,34 @@ def test_what_is_refused():
         scaled_dot_product_attention(q.float(), k, k)
 
 
+FIVE_Q = dict(query=draw(2, 3, 4, 5, 8), key=draw(4, 7, 8), value=draw(4, 7, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(query=None), TypeError, "query must be a tensor, got NoneType: key is"),
+        (dict(key=[1.0]), TypeError, "key must be a tensor, got list: query is"),
+        (dict(value=draw(2, 4, 7, 8).to_sparse()), TypeError, "value must be a dense tensor, not sparse"),
+        (dict(query=torch.nested.nested_tensor([draw(5, 8)])), TypeError, "query must be a dense tensor, not nested"),
+        (dict(query=draw(3, 4, 5, 8)), ValueError, r"batches .* must broadcast: query is \(3, 4, 5, 8\), key is"),
+        (dict(value=draw(3, 4, 7, 8)), ValueError, r"batches .* must broadcast: .*value is \(3, 4, 7, 8\)"),
+        (dict(key=draw(2, 3, 7, 8), enable_gqa=True), ValueError, r"heads .* must broadcast: .*key is \(2, 3, 7, 8\)"),
+        (dict(query=draw(2, 2, 4, 5, 8), key=draw(3, 1, 4, 7, 8)), ValueError, "must broadcast: query is"),
+        (FIVE_Q | dict(attn_mask=bits(2, 4, 5, 7)), ValueError, r"attn_mask must .* \(2, 3, 4, 5, 7\), got \(2, 4,"),
+        (FIVE_Q | dict(attn_mask=bits(3, 3, 4, 5, 7)), ValueError, r"attn_mask must .* got \(3, 3, 4, 5, 7\): q"),
+        (FIVE_Q | dict(attn_mask=bits(1, 2, 3, 4, 5, 7)), ValueError, r"attn_mask must .* got \(1, 2, 3, 4, 5, 7\): q"),
+        (FIVE_Q | dict(attn_mask="causal"), TypeError, "mask must be a Mask or a tensor, got str"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_bad_input_in_one_sentence(change, error, words):
+    arguments = dict(query=draw(2, 4, 5, 8), key=draw(2, 4, 7, 8), value=draw(2, 4, 7, 8))
+    with pytest.raises(error, match=words) as raised:
+        scaled_dot_product_attention(**arguments | change)
+    assert "\n" not in str(raised.value)
+
+
 # ---- everybody's calls ----
 
 

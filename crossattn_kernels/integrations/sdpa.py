@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from crossattn_kernels.functional import cross_attention
 from crossattn_kernels.masks import Mask
-from crossattn_kernels.problem import one_of, shapes
+from crossattn_kernels.problem import check_dense, fit, one_of, shapes
 
 
 def scaled_dot_product_attention(
@@ -40,6 +40,7 @@ def scaled_dot_product_attention(
     torch documents as an error and some of its backends accept.
     """
     given = dict(query=query, key=key, value=value)
+    check_dense(**given)
     if min(t.ndim for t in given.values()) < 2:
         raise ValueError(f"query, key and value must have at least 2 dimensions: {shapes(**given)}")
     if is_causal and attn_mask is not None:
@@ -48,23 +49,31 @@ def scaled_dot_product_attention(
     q, k, v = (t[None] if t.ndim == 2 else t for t in given.values())
     if not enable_gqa and len({t.shape[-3] for t in (q, k, v)} - {1}) > 1:
         raise ValueError(f"numbers of heads differ, which needs enable_gqa=True: {shapes(**given)}")
-    q, k, v = _fit_heads(q, k, v)
-    lead = torch.broadcast_shapes(*(t.shape[:-3] for t in (q, k, v)))
+    q, k, v = _fit_heads(q, k, v, **given)
+    lead = _broadcast(*(t.shape[:-3] for t in (q, k, v)), **given)
     mask: Mask | Tensor | None = attn_mask
     if is_causal:
         mask = Mask.causal(q.shape[-2], k.shape[-2], device=q.device)
-    elif attn_mask is not None and len(lead) > 1 and attn_mask.ndim > 3:
-        mask = _one_batch(attn_mask, lead)
+    elif isinstance(attn_mask, Tensor) and len(lead) > 1 and attn_mask.ndim > 3:
+        check_dense(attn_mask=attn_mask)
+        mask = _one_batch(fit("attn_mask", attn_mask, (*lead, *q.shape[-3:-1], k.shape[-2]), **given), lead)
     q, k, v = (_one_batch(t, lead) for t in (q, k, v))
     y = cross_attention(q, k, v, mask, scale=scale, dropout_p=dropout_p)
     return y.reshape(y.shape[2:] if flat else (*lead, *y.shape[1:]))
 
 
-def _fit_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _broadcast(*sizes: torch.Size, **given: Tensor) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(*sizes)
+    except RuntimeError:
+        raise ValueError(f"heads and batches of query, key and value must broadcast: {shapes(**given)}") from None
+
+
+def _fit_heads(q: Tensor, k: Tensor, v: Tensor, **given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One number of heads, and one batch, for k and v; at least as many heads for q."""
     if k.shape[-3] != v.shape[-3] and 1 not in (k.shape[-3], v.shape[-3]):
         k, v = (t.repeat_interleave(q.shape[-3] // max(1, t.shape[-3]), -3) for t in (k, v))
-    batch = torch.broadcast_shapes(k.shape[:-2], v.shape[:-2])
+    batch = _broadcast(k.shape[:-2], v.shape[:-2], **given)
     q = q.expand(*q.shape[:-3], batch[-1], -1, -1) if q.shape[-3] == 1 else q
     return q, k.expand(*batch, -1, -1), v.expand(*batch, -1, -1)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from crossattn_kernels.functional import cross_attention
-from crossattn_kernels.layers.heads import merge_heads, split_heads
+from crossattn_kernels.layers.heads import check_heads, merge_heads, split_heads
 from crossattn_kernels.masks import Mask
 
 
@@ -20,8 +20,8 @@ class ProjectedAttention(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, heads: int, dropout: float = 0.0, **place: Any) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim must be a multiple of heads, got dim={dim} and heads={heads}")
+        check_heads("dim", dim, heads)
+        self.dim, self.context_dim = dim, context_dim
         self.heads, self.dropout = heads, dropout
         self.query = nn.Linear(dim, dim, **place)
         self.key = nn.Linear(context_dim, dim, **place)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from crossattn_kernels.functional import cross_attention
 from crossattn_kernels.layers.bert import AddAndNorm, ProjectedAttention, reset_bert
-from crossattn_kernels.layers.heads import merge_heads, split_heads
+from crossattn_kernels.layers.cross_attention import check_input
+from crossattn_kernels.layers.heads import check_heads, check_positive, merge_heads, split_heads
 from crossattn_kernels.masks import Mask
+from crossattn_kernels.problem import check_dense
 
 # what LXMERT's whole layer holds besides its cross-attention
 LXMERT_REST = ("lang_self_att.", "visn_self_att.", "lang_inter.", "lang_output.", "visn_inter.", "visn_output.")
@@ -65,6 +67,8 @@ class BidirectionalCrossAttention(nn.Module):
 
         Returns (language, vision), of the shapes given.
         """
+        check_input("language", language, ("B", "M", self.att.dim), self.att.query)
+        check_input("vision", vision, ("B", "N", self.att.dim), self.att.query)
         return self._look(language, vision, vision_mask), self._look(vision, language, language_mask)
 
     def _look(self, x: Tensor, context: Tensor, mask: Mask | Tensor | None) -> Tensor:
@@ -111,8 +115,9 @@ class BiMultiheadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if embed_dim % heads:
-            raise ValueError(f"embed_dim must be a multiple of heads, got embed_dim={embed_dim} and heads={heads}")
+        check_positive(vision_dim=vision_dim, text_dim=text_dim)
+        check_heads("embed_dim", embed_dim, heads)
+        self.vision_dim, self.text_dim = vision_dim, text_dim
         self.heads, self.dropout = heads, dropout
         place: dict[str, Any] = dict(device=device, dtype=dtype)
         self.vision_proj = nn.Linear(vision_dim, embed_dim, **place)
@@ -144,8 +149,10 @@ class BiMultiheadAttention(nn.Module):
         vision_attention_mask, text_attention_mask: bool (B, M) and (B, N), True for padding.  Who sees nothing but
             padding gets the bias of its output projection, where transformers' class returns NaN.
 
-        Returns (vision, text), of the shapes given, without residuals.  Raises ValueError for other masks.
+        Returns (vision, text), of the shapes given, without residuals.  Raises ValueError for other shapes and masks.
         """
+        check_input("vision", vision, ("B", "M", self.vision_dim), self.vision_proj)
+        check_input("text", text, ("B", "N", self.text_dim), self.text_proj)
         vision_seen = _seen("vision_attention_mask", vision_attention_mask, vision)
         text_seen = _seen("text_attention_mask", text_attention_mask, text)
         # they ask in one direction and are asked in the other
@@ -164,6 +171,7 @@ class BiMultiheadAttention(nn.Module):
 def _seen(name: str, padding: Tensor | None, x: Tensor) -> Mask | None:
     if padding is None:
         return None
+    check_dense(**{name: padding})
     if padding.dtype != torch.bool or padding.ndim != 2 or padding.shape[1] != x.shape[1]:
         wanted = f"bool ({x.shape[0]}, {x.shape[1]}), True for padding"
         raise ValueError(f"{name} must be {wanted}, got {padding.dtype} {tuple(padding.shape)}")

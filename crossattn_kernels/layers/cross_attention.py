@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crossattn_kernels.functional import cross_attention
+from crossattn_kernels.functional import autocasts, cross_attention
 from crossattn_kernels.layers.heads import merge_heads, split_heads
-from crossattn_kernels.masks import Mask
-from crossattn_kernels.problem import fits, one_of
+from crossattn_kernels.masks import Mask, check_integer
+from crossattn_kernels.problem import fits, one_of, typed
 
 
 class ContextCache(NamedTuple):
@@ -63,6 +63,10 @@ class CrossAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        sizes = dict(dim=dim, context_dim=context_dim, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+        for name, n in sizes.items():
+            if n is not None or name in ("dim", "heads"):
+                check_integer(name, n)
         if heads < 1 or (head_dim is None and dim % heads):
             raise ValueError(f"heads must divide dim unless head_dim is given, got dim={dim} and heads={heads}")
         self.dim, self.context_dim = dim, dim if context_dim is None else context_dim
@@ -88,8 +92,8 @@ class CrossAttention(nn.Module):
         self.o_proj = nn.Linear(inner, self.dim, bias, **place)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **place) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **place) if qk_norm else nn.Identity()
-        sizes = {"scalar": 1, "head": heads, "channel": dim}
-        self.gate = None if gate is None else nn.Parameter(torch.empty(sizes[gate], **place))
+        gates = {"scalar": 1, "head": heads, "channel": dim}
+        self.gate = None if gate is None else nn.Parameter(torch.empty(gates[gate], **place))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -107,7 +111,7 @@ class CrossAttention(nn.Module):
 
         Gradients flow through what it returns.  It holds for this layer only.
         """
-        self._check("context", context, self.context_dim)
+        check_input("context", context, ("batch", "sequence", self.context_dim), self.context_norm, self.k_proj)
         context = self.context_norm(context)
         return ContextCache(self.k_norm(self._split(self.k_proj(context))), self._split(self.v_proj(context)))
 
@@ -129,15 +133,19 @@ class CrossAttention(nn.Module):
         A batch of 1, of x, of the context or of the residual, serves every batch entry of the others.
         The same bits with a context and with its cache.  A query that sees no key takes 0 from attention.
         """
-        self._check("x", x, self.dim)
+        check_input("x", x, ("batch", "sequence", self.dim), self.norm, self.q_proj)
         if context is not None and context_cache is None:
             context_cache = self.project_context(context)
         elif context is not None or context_cache is None:
             raise ValueError("give either context or context_cache, got " + ("neither" if context is None else "both"))
+        elif not isinstance(context_cache, (tuple, list)) or len(context_cache) != 2:
+            raise TypeError(f"context_cache must be a ContextCache, (k, v), got {type(context_cache).__name__}")
         k, v = context_cache
         full = (k.shape[0] if x.shape[0] == 1 else x.shape[0], *x.shape[1:])
-        if residual is not None and (residual.shape[1:] != full[1:] or not fits(residual.shape[0], full[0])):
-            raise ValueError(f"residual must have the shape {full}, or a batch of 1, got {tuple(residual.shape)}")
+        if residual is not None:
+            check_input("residual", residual, ("batch", "sequence", self.dim))
+            if residual.shape[1] != full[1] or not fits(residual.shape[0], full[0]):
+                raise ValueError(f"residual must have the shape {full}, or a batch of 1, got {tuple(residual.shape)}")
         q = self.q_norm(self._split(self.q_proj(self.norm(x))))
 
         # one factor for all commutes with a product by a matrix, but not with a bias, nor with what an adapter may do
@@ -160,15 +168,27 @@ class CrossAttention(nn.Module):
         # under tensor parallelism only some of the heads arrive
         return split_heads(x, x.shape[-1] // self.head_dim)
 
-    def _check(self, name: str, x: Tensor, channels: int) -> None:
-        if x.ndim != 3 or x.shape[2] != channels:
-            raise ValueError(f"{name} must have the shape (batch, sequence, {channels}), got {tuple(x.shape)}")
-
     def extra_repr(self) -> str:
         said = f"dim={self.dim}, context_dim={self.context_dim}, heads={self.heads}, kv_heads={self.kv_heads}"
         said += f", head_dim={self.head_dim}"
         said += "" if self.gate is None else f", gate={self.gate_kind!r}"
         return said + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+def check_input(name: str, x: Tensor, form: tuple[str | int, ...], *path: nn.Module) -> None:
+    """One clear error before torch's from deep inside: x must be floats of the shape `form`, of which the last counts.
+
+    path: what x goes through up to its projection, which takes one dtype where all of it is torch's own; another norm
+    may return another dtype, and so may what an adapter or a hook makes of it.
+    """
+    typed(name, x, "floats")
+    if x.ndim != len(form) or x.shape[-1] != form[-1]:
+        raise ValueError(f"{name} must have the shape ({', '.join(map(str, form))}), got {tuple(x.shape)}")
+    if not path or type(path[-1]) is not nn.Linear or x.dtype == path[-1].weight.dtype or autocasts(x):
+        return
+    if is_plain(path[-1]) and all(type(norm) in (nn.LayerNorm, nn.Identity) for norm in path[:-1]):
+        wanted = path[-1].weight.dtype
+        raise TypeError(f"{name} must be {wanted}, as the weights are, got {x.dtype} of shape {tuple(x.shape)}")
 
 
 def is_plain(module: nn.Module) -> bool:

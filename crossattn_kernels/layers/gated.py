@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from crossattn_kernels.functional import cross_attention
-from crossattn_kernels.layers.heads import merge_heads, split_heads
+from crossattn_kernels.layers.cross_attention import check_input
+from crossattn_kernels.layers.heads import check_positive, merge_heads, split_heads
 from crossattn_kernels.masks import Mask
-from crossattn_kernels.problem import fits
+from crossattn_kernels.problem import check_dense, fits
 
 
 def feed_forward(dim: int, mult: int = 4, **place: Any) -> nn.Sequential:
@@ -41,8 +42,9 @@ class MaskedCrossAttention(nn.Module):
 
     def __init__(self, dim: int, dim_visual: int, dim_head: int, heads: int, **place: Any) -> None:
         super().__init__()
+        check_positive(dim=dim, dim_visual=dim_visual, dim_head=dim_head, heads=heads)
         inner = dim_head * heads
-        self.heads = heads
+        self.dim, self.dim_visual, self.heads = dim, dim_visual, heads
         self.norm = nn.LayerNorm(dim, **place)
         self.to_q = nn.Linear(dim, inner, bias=False, **place)
         self.to_kv = nn.Linear(dim_visual, 2 * inner, bias=False, **place)
@@ -52,6 +54,8 @@ class MaskedCrossAttention(nn.Module):
         return f"heads={self.heads}"
 
     def forward(self, x: Tensor, media: Tensor, mask: Mask | None, gate: Tensor, looks: Tensor | None = None) -> Tensor:
+        check_input("x", x, ("B", "M", self.dim), self.norm, self.to_q)
+        check_input("media", media, ("B", "T * n", self.dim_visual), self.to_kv)
         q, (k, v) = self.to_q(self.norm(x)), self.to_kv(media).chunk(2, -1)
         if looks is not None:
             q = q * looks.to(q.dtype)
@@ -113,8 +117,9 @@ class GatedCrossAttentionBlock(nn.Module):
         mention gets 0 where it would see the latest medium, and the mean over all media where it would see all before
         it; text after more mentions than media gets that mean too where it would see the latest.
 
-        Returns (B, M, dim).  Raises ValueError unless x has 3 and media 4 dimensions, and media_locations fits.
+        Returns (B, M, dim).  Raises ValueError for other shapes, and TypeError for other types.
         """
+        check_dense(x=x, media=media)
         if x.ndim != 3 or media.ndim != 4:
             raise ValueError(
                 f"x must be (B, M, dim) and media (B, T, n, dim_visual), got {tuple(x.shape)} and {tuple(media.shape)}"
@@ -135,7 +140,9 @@ class GatedCrossAttentionBlock(nn.Module):
 
 def _mentions(locations: Tensor, x: Tensor, media: Tensor, whole_prompt: bool) -> Tensor:
     """How many media were mentioned up to each token of x, this one included: (B, 1, M), or (B, 1, 1) for all."""
-    right = locations.ndim == 2 and any(fits(locations.shape[0], t.shape[0]) for t in (x, media))
+    check_dense(media_locations=locations)
+    batch = media.shape[0] if x.shape[0] == 1 else x.shape[0]
+    right = locations.ndim == 2 and fits(locations.shape[0], batch)
     if not right or (locations.shape[1] != x.shape[1] and not whole_prompt):
         sizes = f"x is {tuple(x.shape)}, media is {tuple(media.shape)}"
         raise ValueError(f"media_locations must be (B, M), got {tuple(locations.shape)}: {sizes}")

@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from crossattn_kernels.masks import check_integer
+
+
+def check_positive(**sizes: int) -> None:
+    for name, n in sizes.items():
+        check_integer(name, n, 1)
+
+
+def check_heads(name: str, width: int, heads: int, name_of_heads: str = "heads") -> None:
+    check_positive(**{name: width, name_of_heads: heads})
+    if width % heads:
+        got = f"{name}={width} and {name_of_heads}={heads}"
+        raise ValueError(f"{name} must be a multiple of {name_of_heads}, got {got}")
+
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, M, heads * D) -> (B, heads, M, D), a view."""

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossattn_kernels.functional import cross_attention
+from crossattn_kernels.functional import autocasts, cross_attention
 from crossattn_kernels.layers.heads import merge_heads, split_heads
 from crossattn_kernels.maps import attention_weights
 from crossattn_kernels.masks import Mask
-from crossattn_kernels.problem import fits
+from crossattn_kernels.problem import check_dense, fits
 
 
 class MultiheadCrossAttention(nn.MultiheadAttention):
@@ -64,7 +64,7 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value)
         if not batched:
             q, k, v = q[None], k[None], v[None]
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+            key_padding_mask = key_padding_mask[None] if isinstance(key_padding_mask, Tensor) else key_padding_mask
         elif not self.batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         if is_causal and attn_mask is None:
@@ -137,13 +137,17 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         given = dict(query=query, key=key, value=value)
-        if any(t.is_nested for t in given.values()):
+        if any(isinstance(t, Tensor) and t.is_nested for t in given.values()):
             raise ValueError("nested tensors are not supported: pass padded ones and key_padding_mask")
+        check_dense(**given)
         if query.ndim not in (2, 3) or not query.ndim == key.ndim == value.ndim:
             raise ValueError(f"query, key and value must all have 3 dimensions, or 2 without a batch: {_shapes(given)}")
+        dtype = (self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight).dtype
         for (name, t), channels in zip(given.items(), (self.embed_dim, self.kdim, self.vdim)):
             if t.shape[-1] != channels:
                 raise ValueError(f"the last size of {name} must be {channels}: {_shapes(given)}")
+            if t.dtype != dtype and not (t.is_floating_point() and autocasts(t)):
+                raise TypeError(f"{name} must be {dtype}, as the weights, got {t.dtype}: {_shapes(given)}")
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(f"key and value must have one batch and one length: {_shapes(given)}")
         axis = 0 if self.batch_first else 1

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from crossattn_kernels.functional import cross_attention
+from crossattn_kernels.layers.cross_attention import check_input
 from crossattn_kernels.layers.gated import feed_forward, reset_linear
-from crossattn_kernels.layers.heads import merge_heads, split_heads
+from crossattn_kernels.layers.heads import check_positive, merge_heads, split_heads
+from crossattn_kernels.masks import check_integer
+from crossattn_kernels.problem import check_dense
 
 
 class PerceiverAttention(nn.Module):
@@ -20,6 +23,7 @@ class PerceiverAttention(nn.Module):
 
     def __init__(self, dim: int, dim_head: int, heads: int, **place: Any) -> None:
         super().__init__()
+        check_positive(dim_head=dim_head, heads=heads)
         inner = dim_head * heads
         self.heads = heads
         self.norm_media = nn.LayerNorm(dim, **place)
@@ -78,6 +82,8 @@ class PerceiverResampler(nn.Module):
     ) -> None:
         super().__init__()
         place: dict[str, Any] = dict(device=device, dtype=dtype)
+        check_positive(dim=dim, num_latents=num_latents)
+        check_integer("depth", depth, 0)
         self.latents = nn.Parameter(torch.empty(num_latents, dim, **place))
         self.frame_embs = nn.Parameter(torch.empty(max_num_frames, dim, **place)) if max_num_frames else None
         self.media_time_embs = nn.Parameter(torch.empty(max_num_media, 1, dim, **place)) if max_num_media else None
@@ -107,8 +113,10 @@ class PerceiverResampler(nn.Module):
         Returns (B, T, num_latents, dim).  Raises ValueError if x has other dimensions, or more media or frames than
         there are embeddings for.
         """
+        check_dense(x=x)
         if not 3 <= x.ndim <= 5:
             raise ValueError(f"x must be (B, n, dim), (B, T, n, dim) or (B, T, F, n, dim), got {tuple(x.shape)}")
+        check_input("x", x, (*"BTF"[: x.ndim - 2], "n", self.latents.shape[1]))
         B, T, F = (*x.shape[:-2], 1, 1)[:3]
         for what, embeddings, count in (("media", self.media_time_embs, T), ("frames", self.frame_embs, F)):
             if embeddings is not None and count > len(embeddings) > 1:

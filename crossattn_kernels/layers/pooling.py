@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from crossattn_kernels.functional import cross_attention
-from crossattn_kernels.layers.cross_attention import reset
-from crossattn_kernels.layers.heads import merge_heads, split_heads
+from crossattn_kernels.layers.cross_attention import check_input, reset
+from crossattn_kernels.layers.heads import check_heads, check_positive, merge_heads, split_heads
 from crossattn_kernels.layers.multihead import MultiheadCrossAttention
+from crossattn_kernels.problem import typed
 
 
 class AttentionPooling(nn.Module):
@@ -38,6 +39,7 @@ class AttentionPooling(nn.Module):
     ) -> None:
         super().__init__()
         place: dict[str, Any] = dict(device=device, dtype=dtype)
+        check_positive(context_dim=context_dim, n_queries=n_queries)
         self.query = nn.Parameter(torch.empty(n_queries, d_model, **place))
         self.attn = MultiheadCrossAttention(
             d_model, n_head, kdim=context_dim, vdim=context_dim, batch_first=True, **place
@@ -53,6 +55,7 @@ class AttentionPooling(nn.Module):
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """(B, N, context_dim) -> (B, n_queries, d_model).  key_padding_mask: (B, N), as `nn.MultiheadAttention`'s."""
+        check_input("x", x, ("B", "N", self.attn.kdim))
         x = self.ln_k(x)
         query = self.ln_q(self.query)[None]
         output: Tensor = self.attn(query, x, x, key_padding_mask, need_weights=False)[0]
@@ -86,6 +89,7 @@ class ProbePooling(nn.Module):
         super().__init__()
         place: dict[str, Any] = dict(device=device, dtype=dtype)
         inner = intermediate_size or 4 * hidden_size
+        check_positive(intermediate_size=inner)
         self.probe = nn.Parameter(torch.empty(1, 1, hidden_size, **place))
         self.attention = MultiheadCrossAttention(hidden_size, num_heads, batch_first=True, **place)
         self.layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps, **place)
@@ -102,6 +106,7 @@ class ProbePooling(nn.Module):
 
     def forward(self, hidden_state: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """(B, N, hidden_size) -> (B, hidden_size).  key_padding_mask: (B, N), as `nn.MultiheadAttention`'s."""
+        check_input("hidden_state", hidden_state, ("B", "N", self.attention.kdim))
         y = self.attention(self.probe, hidden_state, hidden_state, key_padding_mask, need_weights=False)[0][:, 0]
         output: Tensor = y + self.mlp(self.layernorm(y))
         return output
@@ -133,8 +138,8 @@ class AttentionPooling2d(nn.Module):
     ) -> None:
         super().__init__()
         place: dict[str, Any] = dict(device=device, dtype=dtype)
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads must divide embed_dim, got embed_dim={embed_dim} and num_heads={num_heads}")
+        check_positive(spacial_dim=spacial_dim, output_dim=output_dim or embed_dim)
+        check_heads("embed_dim", embed_dim, num_heads, "num_heads")
         self.num_heads = num_heads
         self.positional_embedding = nn.Parameter(torch.empty(spacial_dim**2 + 1, embed_dim, **place))
         self.k_proj = nn.Linear(embed_dim, embed_dim, **place)
@@ -150,10 +155,12 @@ class AttentionPooling2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, embed_dim, spacial_dim, spacial_dim) -> (B, output_dim)."""
+        typed("x", x, "floats")
         places, channels = self.positional_embedding.shape
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] * x.shape[3] != places - 1:
             raise ValueError(f"x must be a map of {channels} channels and {places - 1} places, got {tuple(x.shape)}")
         x = x.flatten(2).mT  # (B, N, embed_dim)
+        check_input("x", x, ("B", "N", channels), self.q_proj)
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)
         q, k, v = (
             split_heads(project(t), self.num_heads)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from crossattn_kernels.layers.bert import AddAndNorm, ProjectedAttention, reset_bert
-from crossattn_kernels.masks import Mask
+from crossattn_kernels.layers.cross_attention import check_input
+from crossattn_kernels.layers.heads import check_positive
+from crossattn_kernels.masks import Mask, check_integer
 
 
 class QFormerAttention(nn.Module):
@@ -58,8 +60,10 @@ class QFormerLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive(cross_attention_frequency=cross_attention_frequency)
         self.has_cross_attention = layer_idx % cross_attention_frequency == 0
         context_dim, hidden_dim = context_dim or dim, hidden_dim or 4 * dim
+        check_positive(dim=dim, context_dim=context_dim, hidden_dim=hidden_dim)
         place: dict[str, Any] = dict(device=device, dtype=dtype)
         rest = (heads, attention_dropout, dropout, eps)
         self.attention = QFormerAttention(dim, dim, *rest, **place)
@@ -96,8 +100,11 @@ class QFormerLayer(nn.Module):
         Returns (B, M, dim).  Raises ValueError if the image, or the feed-forward for text, is missing, or if
         query_length is out of range.
         """
+        inner = self.attention.attention
+        check_input("hidden_states", hidden_states, ("B", "M", inner.dim), inner.query)
         x = self.attention(hidden_states, hidden_states, attention_mask)
         count = x.shape[1] if query_length is None else query_length
+        check_integer("query_length", count)
         if not 0 <= count <= x.shape[1]:
             raise ValueError(f"query_length must be from 0 to {x.shape[1]}, got {query_length}")
         queries, text = x[:, :count], x[:, count:]
@@ -109,6 +116,8 @@ class QFormerLayer(nn.Module):
         if self.has_cross_attention and count:
             if encoder_hidden_states is None:
                 raise ValueError("encoder_hidden_states must be given: this layer has cross-attention")
+            inner = self.crossattention.attention
+            check_input("encoder_hidden_states", encoder_hidden_states, ("B", "N", inner.context_dim), inner.key)
             queries = self.crossattention(queries, encoder_hidden_states, encoder_attention_mask)
         rows = []
         if count:
