@@ -23,8 +23,7 @@ from crossattn_kernels.problem import EMPTY_ROWS, Inputs, Options, canonical, fi
 Pair = tuple[Tensor, Tensor]
 Chunk = Pair | Callable[[], Pair]
 Autocasts = list[tuple[str, torch.dtype, bool]]  # type of device, dtype, enabled
-# the exponential of a backend's states and the natural logarithm of its base
-BASES = {"triton": (torch.exp2, math.log(2)), "torch": (torch.exp, 1.0)}
+BASE_2, NATURAL = (torch.exp2, math.log(2)), (torch.exp, 1.0)  # exponential, and the natural logarithm of its base
 forward_op, backward_op = torch.ops.crossattn.forward, torch.ops.crossattn.backward
 
 
@@ -169,7 +168,7 @@ def _forward(
                 x, options, backend = _call(q, k, v, bias, seed, piece, settings)
                 sizes = _check_sizes(i, x, sizes)
                 o, _, _, state, _ = forward_op(*x, *options, backend)
-                exp, unit = BASES[backend]
+                exp, unit = BASE_2 if backend == "triton" and bias is None else NATURAL
                 high, total = state[:, 0], 1 / state[:, 1]
                 found = State(o * total[..., None], high, total)
                 joint = found if joint is None else merge(joint, found, exp)

@@ -70,7 +70,7 @@ def forward_op(*call: Any) -> tuple[Tensor, ...]:
     y: (B, Hq, M, Dv), laid out as (B, M, Hq, Dv), and lse: (B, Hq, M)
     o: as y, without the gate
     state: (B, 2, Hq, M), the maximum of the logits s and 1 / sum of exp(s - maximum), for p without rounding twice; the
-        kernels' in base 2, and the other backend's only of a chunk
+        kernels' in base 2 where there is no bias, and the other backend's only of a chunk
     filled: bool (1|B, 1|Hq, M), rows that `empty_rows` fills
     """
     return _forward(*_unpack(call))

@@ -55,7 +55,7 @@ class Case:
     bias: tuple[int, int, int, int] | None = None  # 1 where the bias varies
     gate: str | tuple[int, int, int, int] | None = None  # a key of GATES, or 1 where the gate varies
     gate_value: float | None = None  # the same everywhere, instead of drawn
-    scale: str | float | None = None  # "scalar", "head" or a number
+    scale: str | float | None = None  # "scalar", "head", "signs" (one a head: 0, then below it) or a number
     softcap: float | None = None
     dropout_p: float = 0.0
     empty_rows: str = "zero"
@@ -160,6 +160,8 @@ def draw(
         tensors["gate"] = randn(*shape) if c.gate_value is None else torch.full_like(randn(*shape), c.gate_value)
     if isinstance(c.scale, str):
         tensors["scale"] = randn(*(() if c.scale == "scalar" else (c.Hq,))).abs() / math.sqrt(c.D)
+        if c.scale == "signs":
+            tensors["scale"] *= torch.arange(c.Hq, device=device).neg().clamp(min=-1)
     elif c.scale is not None:
         options["scale"] = c.scale
     mask = None if c.mask is None else MASKS[c.mask](c, device, g)
@@ -287,6 +289,10 @@ FEATURES = [
     replace(PLAIN, name="scale number", scale=0.7),
     replace(PLAIN, name="scale scalar", scale="scalar"),
     replace(PLAIN, name="scale head", scale="head"),
+    replace(PLAIN, name="scale below 0", scale=-0.7, mask="all fields"),
+    replace(PLAIN, name="scale signs", scale="signs", mask="all fields"),
+    replace(PLAIN, name="scale signs, bias", scale="signs", bias=(0, 1, 1, 1)),
+    replace(PLAIN, name="scale signs, softcap", scale="signs", softcap=1.5, mask="lengths"),
     replace(PLAIN, name="softcap", softcap=1.5),
     replace(PLAIN, name="dropout", dropout_p=0.3),
     *(replace(PLAIN, name=f"layout {lay}", layout=lay) for lay in LAYOUTS if lay != "bhsd"),

@@ -12,7 +12,7 @@ from crossattn_kernels import Mask, cross_attention, kernels, tuning
 from crossattn_kernels.kernels import launch
 from crossattn_kernels.kernels.views import Logits, MaskView, View
 from crossattn_kernels.problem import canonical
-from crossattn_kernels.testing import FEATURES, PLAIN, assert_within_budget, check, draw, run, worst
+from crossattn_kernels.testing import FEATURES, PLAIN, assert_within_budget, check, compare, draw, run, worst
 from crossattn_kernels.tuning import Config
 
 BACKENDS = ["torch", "triton"]
@@ -88,6 +88,26 @@ def test_large_and_negative_logits(backend):
     y, lse = cross_attention(q, k, call.tensors["v"], scale=1.0, return_lse=True, backend=backend)
     torch.testing.assert_close(y, call.tensors["v"].mean(2, keepdim=True).expand_as(y))
     torch.testing.assert_close(lse, torch.full_like(lse, -60 * 16 + math.log(SMALL.N)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_may_be_large(backend, dtype):
+    """Rows of a thousand and more, which cancel in the softmax, and lose digits of the logits."""
+    call = draw(replace(SMALL, dtype=dtype, bias=(0, 0, 1, 1)))
+    call.tensors["bias"] += 1000 * torch.randn(SMALL.M, 1, generator=torch.Generator().manual_seed(3)).to(dtype)
+    found, *expected = (run(call, *how) for how in ((backend,), ("reference", torch.float64), ("reference",)))
+    assert_within_budget(compare(found, *expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 5], ids=["packed heads", "one head"])
+@pytest.mark.parametrize("mask", [None, "all fields"])
+@pytest.mark.parametrize("scale", ["signs", 0.0])
+def test_scales_of_either_sign(backend, size, mask, scale):
+    """The largest product is not the largest logit there."""
+    case = replace(SMALL, Hq=8, Hk=2, M=size, N=120, scale=scale, mask=mask)
+    assert_within_budget(check(case, backend))
 
 
 @pytest.mark.parametrize("fits", [2, 1, 0])

@@ -59,7 +59,7 @@ def test_an_entry_is_found_by_dtype_head_size_kernel_and_kind(folder):
         (dict(plain=False, extras=1, pairwise=True), "pairs"),
         (dict(plain=False, extras=2, pairwise=True), "several pairs"),
         (dict(plain=False, extras=1, pairwise=True, scattered=True), "scattered"),
-        (dict(plain=False, extras=3, pairwise=True, scattered=True), "scattered"),
+        (dict(plain=False, extras=3, pairwise=True, scattered=True), "several scattered"),
         (dict(plain=False, extras=1, drops=True), "dropout"),
         (dict(plain=False, extras=3, pairwise=True, scattered=True, drops=True), "scattered dropout"),
         (dict(plain=False, extras=4), "many"),

@@ -111,7 +111,8 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, splits, Hq, M, N,
             # the others, on both sides; a pipeline for the last one alone would make ptxas serialise all products
             for i in tl.range(lo, hi - (last - first), C.BLOCK_N, num_stages=None if C.HIDES | ONE_LOOP else 1):
                 key = i + tl.where(i < first, 0, last - first)
-                if touches(logits.mask, b, h, rows[:, None], (key + tl.arange(0, C.BLOCK_N))[None, :], M, N, C.SKIPS):
+                cols = (key + tl.arange(0, C.BLOCK_N))[None, :]
+                if touches(logits.mask, b, h, rows[:, None], cols, M, N, C.SKIPS, C):
                     found = dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N, False, C)
         acc = found[0]
         at_split = split * entries * batches + b
@@ -133,9 +134,9 @@ def dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N
     v_tile = load_rows(v, b, hk, keys, tl.arange(0, C.BLOCK_DV), N, C.DV, WHOLE)  # (BLOCK_N, BLOCK_DV)
     qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
     dyv = dot_in_pairs(do_tile, v_tile.T, C.TF32)
-    s = scores(qk, logits, scale, b, h, rows, keys[None, :], M, N, WHOLE)
+    s = scores(qk, logits, scale, b, h, rows, keys[None, :], M, N, C, WHOLE)
     drawn = indices(key, drop, C.BLOCK_N)[None, :]
-    p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows, drawn, 1, C.ALONE, HIDES)
+    p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows, drawn, 1, HIDES, C)
     if sums.gate is not None:
         gated += weighed(pv, dyv, 1)
     if sums.scale is not None:
@@ -181,7 +182,7 @@ def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, 
                 query += tl.where(query < first, 0, last - first)
                 rows = (query + tl.arange(0, C.BLOCK_M))[None, :]
                 if among_pairs(ranges, b, h, query, keys, C):
-                    if touches(logits.mask, b, h, rows, keys[:, None], M, N, sums.dq is None):
+                    if touches(logits.mask, b, h, rows, keys[:, None], M, N, sums.dq is None, C):
                         found = dkv_tile(
                             found, tiles, q, do, sums, known, logits, drop, b, h, query, keys, M, N, False, C
                         )
@@ -214,9 +215,9 @@ def dkv_tile(
     kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
     vdy = dot_in_pairs(v_tile, do_tile.T, C.TF32)
     row = across(load_row(known, b, h, rows, M))  # not before the products, where it would take their registers
-    s = scores(kq, logits, scale, b, h, rows[None, :], keys, M, N, WHOLE)
+    s = scores(kq, logits, scale, b, h, rows[None, :], keys, M, N, C, WHOLE)
     drawn = indices(query, drop, C.BLOCK_M)[None, :]
-    p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, drawn, keys, 0, C.ALONE, HIDES)
+    p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, drawn, keys, 0, HIDES, C)
     if sums.scale is not None:
         no = tl.zeros([C.BLOCK_M], tl.float32)
         scaled = scale_sums((no, no, no), p, ds, kq, logits, scale, b, h, rows[None, :], M, 0)

@@ -45,7 +45,7 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, sp
         rows = m_first + step // n_steps * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
         keys = n_first + step % n_steps * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
         if reaches(logits.mask, b, h, rows, keys, M, N, ONE_ROW):
-            if touches(logits.mask, b, h, rows[:, None], keys[None, :], M, N, C.SKIPS):
+            if touches(logits.mask, b, h, rows[:, None], keys[None, :], M, N, C.SKIPS, C):
                 acc += tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, C)
     # a dimension that is summed has one entry: every row (column) of acc becomes the sum, the first is stored
     rows = (0 if SUM_M else m_first) + tl.arange(0, C.BLOCK_M)[:, None]
@@ -71,8 +71,8 @@ def tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, C: tl.co
     dyv = dot_in_pairs(do_tile, v_tile.T, C.TF32)
     row, scale = down(load_row(known, b, h, rows, M)), head_scale(logits, b, h)
     rows, keys = rows[:, None], keys[None, :]
-    s = scores(qk, logits, scale, b, h, rows, keys, M, N)
-    _, _, ds = softmax_grad(s, dyv, row, drop, b, h, rows, keys, 1, C.ALONE, C.HIDES)
+    s = scores(qk, logits, scale, b, h, rows, keys, M, N, C)
+    _, _, ds = softmax_grad(s, dyv, row, drop, b, h, rows, keys, 1, C.HIDES, C)
     return logit_grad(ds, logits, b, h, rows, M)
 
 

@@ -40,9 +40,9 @@ def filled_kernel(filled, mask, H, M, N, C: tl.constexpr):
     rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
     lo, hi = key_range(mask, b, h, rows, M, N)
     seen = tl.zeros([C.BLOCK_M], tl.int32)
-    for first in tl.range(lo, hi, C.BLOCK_N):
+    for first in tl.range(lo // C.BLOCK_N * C.BLOCK_N, hi, C.BLOCK_N):
         keys = first + tl.arange(0, C.BLOCK_N)
-        tile_seen = visible(mask, b, h, rows[:, None], keys[None, :], M, N)
+        tile_seen = visible(mask, b, h, rows[:, None], keys[None, :], M, N, C)
         seen = tl.maximum(seen, tl.max(tile_seen.to(tl.int32), 1))
     store_vec(filled, b, h, rows, M, (1 - seen).to(tl.uint8))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossattn_kernels.kernels.bounds import filled_rows, key_bounds
 from crossattn_kernels.kernels.launch import Launcher
-from crossattn_kernels.kernels.scores import head_scale, key_range, scores, sifts, touches, whole_range
+from crossattn_kernels.kernels.scores import head_scale, key_range, later, scores, sifts, touches, upward, whole_range
 from crossattn_kernels.kernels.softmax import (
     Softmax,
     indices,
@@ -61,8 +61,8 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
     """
     split, b, hk, h, rows = packed_program(splits, Hq, M, C)
     d = tl.arange(0, C.BLOCK_D)
-    scale = head_scale(logits, b, column(h))
     q_tile = load_lasting(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
+    q_tile, scale = upward(q_tile, head_scale(logits, b, h), logits)
     if C.TMA:
         k = descriptor(k, b, hk, N, C.D, C.BLOCK_N, C.BLOCK_D)
         v = descriptor(v, b, hk, N, C.DV, C.BLOCK_N, C.BLOCK_DV)
@@ -78,12 +78,12 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
         for i in tl.range(0, before + tl.cdiv(hi - last, C.BLOCK_N), num_stages=C.EDGE_STAGES):
             key = tl.where(i < before, lo, last - before * C.BLOCK_N) + i * C.BLOCK_N
             cols = (key + tl.arange(0, C.BLOCK_N))[None, :]
-            if touches(logits.mask, b, column(h), rows[:, None], cols, M, N, C.SKIPS):
+            if touches(logits.mask, b, column(h), rows[:, None], cols, M, N, C.SKIPS, C):
                 state = any_tile(
                     state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C.BLOCK_N, False, C
                 )
     if C.HIDES and sifts(logits):
-        if not all_finite(state.acc):  # perhaps because of a hidden value
+        if not all_finite(state.acc):  # perhaps because of what is hidden
             # few at a time need fewer registers than the first run; as wide products of 16 ptxas would serialise them
             narrow: tl.constexpr = C.BLOCK_M < 64 or C.BLOCK_N < 32
             FEW: tl.constexpr = C.BLOCK_N if C.TMA else (16 if narrow else 32)
@@ -107,16 +107,17 @@ def whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first,
     """
     heads, rows, cols = column(h), rows[:, None], tl.arange(0, C.BLOCK_N)[None, :]
     m, l, acc = state.m, state.l, state.acc
+    factor = later(logits, scale)
     qk = dot(q_tile, key_tile(k, b, hk, first, N, C.D, C.BLOCK_D, True, C.BLOCK_N, C).T, None, C.TF32)
-    s = scores(qk, logits, scale, b, heads, rows, first + cols, M, N, True)
-    m, l, p, alpha = softmax_step(m, l, s)
+    s = scores(qk, logits, column(scale), b, heads, rows, first + cols, M, N, C, True, True)
+    m, l, p, alpha = softmax_step(m, l, s, factor, C.BASE)
     p = kept(p, drop, b, heads, rows, first + cols).to(q_tile.dtype)
     for key in tl.range(first + C.BLOCK_N, last, C.BLOCK_N):
         qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, True, C.BLOCK_N, C).T, None, C.TF32)
         v_tile = key_tile(v, b, hk, key - C.BLOCK_N, N, C.DV, C.BLOCK_DV, True, C.BLOCK_N, C)
         acc = dot(p, v_tile, acc * alpha[:, None], C.TF32)
-        s = scores(qk, logits, scale, b, heads, rows, key + cols, M, N, True)
-        m, l, p, alpha = softmax_step(m, l, s)
+        s = scores(qk, logits, column(scale), b, heads, rows, key + cols, M, N, C, True, True)
+        m, l, p, alpha = softmax_step(m, l, s, factor, C.BASE)
         p = kept(p, drop, b, heads, rows, key + cols).to(q_tile.dtype)
     v_tile = key_tile(v, b, hk, last - C.BLOCK_N, N, C.DV, C.BLOCK_DV, True, C.BLOCK_N, C)
     return Softmax(m, l, dot(p, v_tile, acc * alpha[:, None], C.TF32))
@@ -132,10 +133,10 @@ def any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N
     heads, rows, cols = column(h), rows[:, None], (key + tl.arange(0, STEP))[None, :]
     qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, False, STEP, C).T, None, C.TF32)
     v_tile = key_tile(v, b, hk, key, N, C.DV, C.BLOCK_DV, False, STEP, C)  # (STEP, BLOCK_DV)
-    s = scores(qk, logits, scale, b, heads, rows, cols, M, N)  # (BLOCK_M, STEP)
+    s = scores(qk, logits, column(scale), b, heads, rows, cols, M, N, C, False, True, AGAIN)  # (BLOCK_M, STEP)
     if C.HIDES and (AGAIN or not sifts(logits)):
         s, v_tile = quarantine(s, v_tile)
-    m, l, p, alpha = softmax_step(state.m, state.l, s)
+    m, l, p, alpha = softmax_step(state.m, state.l, s, later(logits, scale), C.BASE)
     p = kept(p, drop, b, heads, rows, indices(key, drop, STEP)[None, :]).to(v_tile.dtype)
     return Softmax(m, l, dot(p, v_tile, state.acc * alpha[:, None], C.TF32))
 
@@ -151,14 +152,14 @@ def merge_kernel(partial, result, splits, B, Hq, M, C: tl.constexpr):
         m = load_vec(partial.m, at_split, h, rows, M, float("-inf"))
         l = load_vec(partial.l, at_split, h, rows, M, 0.0)
         acc = load_rows(partial.acc, at_split, h, rows, dv, M, C.DV)
-        state = softmax_merge(state, Softmax(m, l, acc))
+        state = softmax_merge(state, Softmax(m, l, acc), C.BASE)
     store_result(result, state, b, h, rows, M, C)
 
 
 @triton.jit
 def store_result(result, state, b, h, rows, M, C: tl.constexpr):
     """Normalise, gate and store; o is the output without a gate that varies along Dv."""
-    out, lse, high, inverse = softmax_finish(state)
+    out, lse, high, inverse = softmax_finish(state, C.BASE)
     dv = tl.arange(0, C.BLOCK_DV)
     store_vec(result.lse, b, h, rows, M, lse)
     tl.store(at(result.state, (b, 0, h, rows)), high, mask=rows < M)

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from crossattn_kernels.kernels.softmax import LOG2E
 from crossattn_kernels.kernels.views import INTERPRETED, Constants, constant
 from crossattn_kernels.problem import Inputs, Options, Problem
 from crossattn_kernels.tuning import Config, circumstances, plan, power_of_two
@@ -131,7 +132,9 @@ class Launcher:
         p = self.problem
         values = Constants(
             GROUP=p.group,
+            BASE=LOG2E.value if p.biased else 1.0,
             HIDES=p.masked or p.biased,
+            FULL=p.N % config.BLOCK_N == 0,
             ALONE=p.N <= config.BLOCK_N and not p.chunk,
             D=p.D,
             DV=p.Dv,

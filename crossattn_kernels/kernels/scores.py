@@ -8,11 +8,9 @@ import triton
 import triton.language as tl
 
 from crossattn_kernels.kernels.softmax import LOG2E, tanh, weighed
-from crossattn_kernels.kernels.tiles import at, load_vec
+from crossattn_kernels.kernels.tiles import at, column, load_vec
 
-LOWEST = tl.constexpr(
-    -(2.0**127)
-)  # times LOG2E still finite: a bias of finfo.min, which many models mean by hidden, is no -inf
+LOWEST, TINY = tl.constexpr(-(2.0 - 2.0**-23) * 2.0**127), tl.constexpr(2.0**-120)
 
 
 @triton.jit
@@ -24,29 +22,76 @@ def head_scale(logits, b, h):
 
 
 @triton.jit
-def scores(qk, logits, scale, b, h, rows, keys, M, N, WHOLE: tl.constexpr = False):
-    """Base-2 logits of the product qk; hidden entries are -inf.  In a WHOLE tile every query sees every key."""
-    if logits.softcap is None:
-        s = qk * (scale * LOG2E)
+def upward(q_tile, scale, logits):
+    """(q, scale) with a scale above 0, so that the largest product is the largest logit: one of 0 counts as tiny."""
+    if logits.POSITIVE:
+        return q_tile, scale
     else:
-        s = tanh(qk * (scale / logits.softcap)) * (logits.softcap * LOG2E)
-    return s if WHOLE else hide(s, logits, b, h, rows, keys, M, N)
+        down = scale < 0.0
+        q_tile = tl.where(column(down), -q_tile, q_tile)
+        return q_tile, tl.maximum(tl.abs(scale), TINY, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def hide(s, logits, b, h, rows, keys, M, N):
+def unit(logits, scale):
+    """What a product, or its capped one, is multiplied by to be a logit."""
+    factor = scale if logits.softcap is None else logits.softcap
+    return factor * LOG2E if logits.bias is None else factor
+
+
+@triton.jit
+def later(logits, scale):
+    """What the logits of `scores` with LATER lack."""
+    return unit(logits, scale) if logits.bias is None else None
+
+
+@triton.jit
+def scores(qk, logits, scale, b, h, rows, keys, M, N, C: tl.constexpr,
+           WHOLE: tl.constexpr = False, LATER: tl.constexpr = False, EXACT: tl.constexpr = True):  # fmt: skip
+    """Logits of the product qk, natural beside a bias and else in base 2; hidden entries are -inf.
+
+    WHOLE: every query sees every key of the tile.
+    LATER: without a bias the last factor is left to `softmax_step`, which then multiplies and subtracts at once.
+    EXACT: a hidden entry is -inf even if its product is NaN.
+    """
+    s = qk if logits.softcap is None else tanh(qk * (scale / logits.softcap))
+    if not (LATER and logits.bias is None):
+        s *= unit(logits, scale)
+    return s if WHOLE else hide(s, logits, b, h, rows, keys, M, N, EXACT, C)
+
+
+@triton.jit
+def hide(s, logits, b, h, rows, keys, M, N, EXACT: tl.constexpr, C: tl.constexpr):
     """Logits with their bias; -inf where the query does not see the key."""
-    seen = keys < N
+    seen = visible(logits.mask, b, h, rows, keys, M, N, C)
     if logits.bias is not None:
-        exists = (rows < M) & (keys < N)
-        bias = tl.load(at(logits.bias, (b, h, rows, keys)), mask=exists, other=float("-inf")).to(tl.float32)
-        s += tl.maximum(bias, LOWEST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
-        seen &= bias != float("-inf")  # also where the product is NaN
-    seen &= visible(logits.mask, b, h, rows, keys, M, N)
+        exists = rows < M if all_exist(keys, C) else (rows < M) & (keys < N)
+        outside: tl.constexpr = float("-inf") if EXACT else 0.0  # which costs nothing
+        bias = tl.load(at(logits.bias, (b, h, rows, keys)), mask=exists, other=outside).to(tl.float32)
+        # which changes nothing that is seen, but has Triton copy the bias of keys down a tile while others are computed
+        s += tl.maximum(bias, LOWEST, propagate_nan=tl.PropagateNan.ALL) if keys.shape[1] == 1 else bias
+        if EXACT:
+            seen = both(seen, bias != float("-inf"))
     if logits.mask.UNIFORM:
         filled = row_bit(logits.mask.filled, b, h, rows, M)
         s, seen = tl.where(filled, 0.0, s), seen | (filled & (keys < N))
-    return tl.where(seen, s, float("-inf"))
+    if seen is None:
+        return s
+    elif EXACT or not sifts(logits):
+        return tl.where(seen, s, float("-inf"))
+    else:  # a choice between logits would make Triton compute the softmax twice, as the bits lie and as the logits do
+        return s + tl.where(seen, 0.0, float("-inf"))
+
+
+@triton.jit
+def all_exist(keys, C: tl.constexpr):
+    """Whether no tile of keys is known to go past the end; of keys down the tile it is not asked, see `hide`."""
+    return C.FULL and keys.shape[1] > 1
+
+
+@triton.jit
+def both(seen, also):
+    return also if seen is None else seen & also
 
 
 @triton.jit
@@ -83,18 +128,19 @@ def store_scale_sums(x, b, h, rows, M, sums):
 
 
 @triton.jit
-def visible(mask, b, h, rows, keys, M, N):
-    """Which of these keys each query may see; a row past M sees none that the mask hides from any query."""
-    seen = keys < N
+def visible(mask, b, h, rows, keys, M, N, C: tl.constexpr):
+    """Which of these keys each query may see, None if all; a row past M sees none that is hidden from any query."""
+    seen = None if all_exist(keys, C) else keys < N
     if mask.start is not None:
-        seen = seen & (keys >= tl.load(at(mask.start, (b, h, rows)), mask=rows < M, other=N))
+        seen = both(seen, keys >= tl.load(at(mask.start, (b, h, rows)), mask=rows < M, other=N))
     if mask.end is not None:
-        seen = seen & (keys < tl.load(at(mask.end, (b, h, rows)), mask=rows < M, other=0))
+        seen = both(seen, keys < tl.load(at(mask.end, (b, h, rows)), mask=rows < M, other=0))
     if mask.keys is not None:
-        seen = seen & (tl.load(at(mask.keys, (b, keys)), mask=keys < N, other=0) != 0)
+        seen = both(seen, tl.load(at(mask.keys, (b, keys)), mask=keys < N, other=0) != 0)
     if mask.visible is not None:
+        exists = rows < M if all_exist(keys, C) else (rows < M) & (keys < N)
         group = at(mask.visible, (b, h, rows // mask.query_group, keys // mask.key_group))
-        seen = seen & (tl.load(group, mask=(rows < M) & (keys < N), other=0) != 0)
+        seen = both(seen, tl.load(group, mask=exists, other=0) != 0)
     if mask.filled is not None:
         seen = seen | ((keys < N) & row_bit(mask.filled, b, h, rows, M))
     return seen
@@ -106,12 +152,12 @@ def row_bit(x, b, h, rows, M):
 
 
 @triton.jit
-def touches(mask, b, h, rows, keys, M, N, SKIPS: tl.constexpr = True):
+def touches(mask, b, h, rows, keys, M, N, SKIPS: tl.constexpr, C: tl.constexpr):
     """Whether any query of this tile sees any key of it; True without looking if ranges hide all, or not SKIPS."""
     if (mask.visible is None) | (not SKIPS):
         return True
     else:
-        return tl.max(visible(mask, b, h, rows, keys, M, N).to(tl.int32)) > 0
+        return tl.max(visible(mask, b, h, rows, keys, M, N, C).to(tl.int32)) > 0
 
 
 @triton.jit

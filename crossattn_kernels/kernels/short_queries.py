@@ -54,9 +54,9 @@ def short_queries_kernel(q, k, v, do, dk, dv, sums, known, logits, drop, splits,
         v_tile = load_rows(v, b, hk, keys, e, N, C.DV)  # (BLOCK_N, BLOCK_DV)
         kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
         vdy = dot_in_pairs(v_tile, do_tile.T, C.TF32)
-        s = scores(kq, logits, scale, b, heads, rows[None, :], keys[:, None], M, N)
+        s = scores(kq, logits, scale, b, heads, rows[None, :], keys[:, None], M, N, C)
         drawn = indices(first, drop, C.BLOCK_N)[:, None]
-        p, pv, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], drawn, 0, C.ALONE, C.HIDES)
+        p, pv, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], drawn, 0, C.HIDES, C)
         if sums.gate is not None:
             gate_sum += weighed(pv, vdy, 0)
         if sums.scale is not None:

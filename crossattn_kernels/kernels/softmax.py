@@ -1,4 +1,4 @@
-"""Arithmetic: the running softmax of a tile of rows, its gradient, dropout and tanh; logits are in base 2."""
+"""Arithmetic: the running softmax of a tile of rows, its gradient, dropout and tanh; exponentials are 2^(s * BASE)."""
 
 import math
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from crossattn_kernels.kernels.tiles import at, finite, load_vec
+from crossattn_kernels.kernels.tiles import at, column, finite, load_vec
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -27,28 +27,35 @@ def softmax_init(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(m, l, s):
-    """(m, l, p, alpha) with one tile of logits s: (BLOCK_M, BLOCK_N) folded in; alpha scales what came before."""
-    high = tl.maximum(m, tl.max(s, 1))
+def softmax_step(m, l, s, factor, BASE: tl.constexpr):
+    """(m, l, p, alpha) with one tile of logits s * factor folded in; alpha scales what came before.
+
+    s: (BLOCK_M, BLOCK_N); factor: above 0, one for all or one a row, or None.
+    """
+    high = tl.max(s, 1)
+    if factor is not None:  # one instruction multiplies and subtracts, so the maximum is of what is not multiplied
+        high, s = high * factor, s * column(factor)
+    high = tl.maximum(m, high)
     pivot = safe(high)
-    alpha = tl.exp2(m - pivot)
-    p = tl.exp2(s - pivot[:, None])
+    alpha = tl.exp2((m - pivot) * BASE)
+    p = tl.exp2((s - pivot[:, None]) * BASE)
     return high, l * alpha + tl.sum(p, 1), p, alpha
 
 
 @triton.jit
-def softmax_merge(a, b):
+def softmax_merge(a, b, BASE: tl.constexpr):
     """The state of two disjoint sets of keys; two empty ones make an empty one."""
     m = tl.maximum(a.m, b.m)
-    of_a, of_b = tl.exp2(a.m - safe(m)), tl.exp2(b.m - safe(m))
+    of_a, of_b = tl.exp2((a.m - safe(m)) * BASE), tl.exp2((b.m - safe(m)) * BASE)
     return Softmax(m, a.l * of_a + b.l * of_b, a.acc * of_a[:, None] + b.acc * of_b[:, None])
 
 
 @triton.jit
-def softmax_finish(state):
-    """(o, lse, high, inverse): p = 2^(s - high) * inverse.  A row that saw nothing gives o = 0, lse = -inf."""
+def softmax_finish(state, BASE: tl.constexpr):
+    """(o, lse, high, inverse): p = 2^((s - high) * BASE) * inverse.  A row that saw nothing gives o = 0, lse = -inf."""
     l = tl.where(state.l == 0.0, 1.0, state.l)
-    return state.acc / l[:, None], (state.m + tl.log2(l)) * LN2, state.m, 1.0 / l
+    lse = (state.m + tl.log2(l)) * LN2 if BASE == 1.0 else state.m + tl.log2(l) * LN2
+    return state.acc / l[:, None], lse, state.m, 1.0 / l
 
 
 @triton.jit
@@ -67,7 +74,7 @@ def quarantine(s, v):
 class Row(NamedTuple):
     """What the backward knows of a tile of queries; blocks that broadcast against the tile's logits."""
 
-    pivot: tl.tensor  # p = 2^(s - pivot) * inverse
+    pivot: tl.tensor  # p = 2^((s - pivot) * BASE) * inverse
     inverse: tl.tensor
     delta: tl.tensor
     gate: tl.tensor  # tanh of the gate, 1 without one
@@ -108,7 +115,7 @@ def across(row):
 
 
 @triton.jit
-def softmax_grad(s, dyv, row, drop, b, h, rows, keys, KEYS: tl.constexpr, ALONE: tl.constexpr, HIDES: tl.constexpr):
+def softmax_grad(s, dyv, row, drop, b, h, rows, keys, KEYS: tl.constexpr, HIDES: tl.constexpr, C: tl.constexpr):
     """(p, pv, ds) of a tile from its logits and dy vᵀ; pv is p as it multiplied v, after dropout.
 
     KEYS is the axis of the keys.  A tile that holds ALONE all keys gives p and rowsum(o * do) = rowsum(p * dp) afresh,
@@ -117,14 +124,14 @@ def softmax_grad(s, dyv, row, drop, b, h, rows, keys, KEYS: tl.constexpr, ALONE:
     """
     hidden = s == float("-inf") if HIDES else None
     dp = unless(hidden, kept(dyv * row.gate, drop, b, h, rows, keys))
-    if ALONE:
-        p = tl.exp2(s - safe(tl.max(s, KEYS, keep_dims=True)))
+    if C.ALONE:
+        p = tl.exp2((s - safe(tl.max(s, KEYS, keep_dims=True))) * C.BASE)
         total = tl.sum(p, KEYS, keep_dims=True)
         p = p / tl.where(total == 0.0, 1.0, total)
         dp -= tl.sum(p * dp, KEYS, keep_dims=True)
     else:
         pivot = safe(row.pivot) if HIDES else row.pivot  # without a mask every row sees something
-        p = unless(hidden, tl.exp2(s - pivot) * row.inverse)
+        p = unless(hidden, tl.exp2((s - pivot) * C.BASE) * row.inverse)
     return p, kept(p, drop, b, h, rows, keys), unless(hidden, p * (dp - row.delta))
 
 

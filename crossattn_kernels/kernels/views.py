@@ -60,7 +60,7 @@ class Logits(NamedTuple):
     softcap: float | None
     bias: View | None  # (B, Hq, M, N)
     mask: MaskView
-    last: Any = LAST
+    POSITIVE: Any = constant(0)  # constant, 1 if scale is above 0 and no other multiplies it
 
 
 class Dropout(NamedTuple):
@@ -121,7 +121,8 @@ def logits_view(x: Inputs, options: Options, filled: Tensor | None, bounds: Tens
         constant(int(filled is not None and options.empty_rows == "uniform")),
     )
     scale = 1.0 if x.scale is not None else options.scale
-    return Logits(scale, view(x.scale, B, Hq), options.softcap or None, view(x.bias, B, Hq, M, N), mask)
+    positive = constant(int(x.scale is None and scale > 0))
+    return Logits(scale, view(x.scale, B, Hq), options.softcap or None, view(x.bias, B, Hq, M, N), mask, positive)
 
 
 def row_gate_view(x: Inputs) -> View | None:
@@ -172,7 +173,7 @@ class Result(NamedTuple):
     y: View
     o: View | None
     lse: View
-    state: View  # (B, 2, Hq, M): base-2 maximum of the logits, 1 / sum of 2^(s - maximum)
+    state: View  # (B, 2, Hq, M): maximum of the logits, 1 / sum of 2^((s - maximum) * BASE)
     row_gate: View | None
     gate: View | None  # one that varies along Dv
     last: Any = LAST
@@ -199,7 +200,9 @@ class Constants(NamedTuple):
     """What a kernel is compiled for."""
 
     GROUP: int  # query heads a key head
+    BASE: float  # exponentials are 2^(s * BASE): logits are natural beside a bias, as finfo.min * log2(e) is -inf
     HIDES: bool  # some query may not see some key
+    FULL: bool  # no tile of keys goes past the end
     ALONE: bool  # one tile holds all keys of the softmax
     D: int
     DV: int

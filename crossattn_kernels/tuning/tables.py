@@ -31,6 +31,7 @@ COARSER = {
     "padded plain": "plain",
     "padded ranges": "ranges",
     "several pairs": "several",
+    "several scattered": "scattered",
     "scattered dropout": "dropout",
     **dict.fromkeys(("pairs", "scattered", "dropout", "several", "many"), "other"),
 }
@@ -78,7 +79,7 @@ def kind_of(problem: Problem) -> str:
     if p.drops:
         return "scattered dropout" if p.scattered else "dropout"
     if p.scattered:
-        return "scattered"
+        return "several scattered" if p.extras > 1 else "scattered"
     if p.extras > 1:
         return "several pairs" if p.pairwise else "several"
     return "pairs" if p.pairwise else "other"
