@@ -41,8 +41,8 @@ def unit(logits, scale):
 
 @triton.jit
 def later(logits, scale):
-    """What the logits of `scores` with LATER lack."""
-    return unit(logits, scale) if logits.bias is None else None
+    """The factor that the logits of `scores` with LATER lack."""
+    return unit(logits, scale) if logits.bias is None else tl.full([], 1.0, tl.float32)
 
 
 @triton.jit
@@ -65,33 +65,31 @@ def hide(s, logits, b, h, rows, keys, M, N, EXACT: tl.constexpr, C: tl.constexpr
     """Logits with their bias; -inf where the query does not see the key."""
     seen = visible(logits.mask, b, h, rows, keys, M, N, C)
     if logits.bias is not None:
-        exists = rows < M if all_exist(keys, C) else (rows < M) & (keys < N)
+        exists = (rows < M) & exist(keys, N, C)
         outside: tl.constexpr = float("-inf") if EXACT else 0.0  # which costs nothing
         bias = tl.load(at(logits.bias, (b, h, rows, keys)), mask=exists, other=outside).to(tl.float32)
         # which changes nothing that is seen, but has Triton copy the bias of keys down a tile while others are computed
         s += tl.maximum(bias, LOWEST, propagate_nan=tl.PropagateNan.ALL) if keys.shape[1] == 1 else bias
         if EXACT:
-            seen = both(seen, bias != float("-inf"))
+            seen = seen & (bias != float("-inf"))
     if logits.mask.UNIFORM:
         filled = row_bit(logits.mask.filled, b, h, rows, M)
         s, seen = tl.where(filled, 0.0, s), seen | (filled & (keys < N))
-    if seen is None:
-        return s
-    elif EXACT or not sifts(logits):
+    if EXACT or not sifts(logits):
         return tl.where(seen, s, float("-inf"))
+    elif C.FULL and not masked(logits.mask):
+        return s
     else:  # a choice between logits would make Triton compute the softmax twice, as the bits lie and as the logits do
         return s + tl.where(seen, 0.0, float("-inf"))
 
 
 @triton.jit
-def all_exist(keys, C: tl.constexpr):
-    """Whether no tile of keys is known to go past the end; of keys down the tile it is not asked, see `hide`."""
-    return C.FULL and keys.shape[1] > 1
-
-
-@triton.jit
-def both(seen, also):
-    return also if seen is None else seen & also
+def exist(keys, N, C: tl.constexpr):
+    """Which keys there are; not asked where no tile goes past the end, but of keys down a tile, see `hide`."""
+    if C.FULL and keys.shape[1] > 1:
+        return tl.full([1, 1], 1, tl.int1)
+    else:
+        return keys < N
 
 
 @triton.jit
@@ -129,18 +127,18 @@ def store_scale_sums(x, b, h, rows, M, sums):
 
 @triton.jit
 def visible(mask, b, h, rows, keys, M, N, C: tl.constexpr):
-    """Which of these keys each query may see, None if all; a row past M sees none that is hidden from any query."""
-    seen = None if all_exist(keys, C) else keys < N
+    """Which of these keys each query may see; a row past M sees none that the mask hides from any query."""
+    seen = exist(keys, N, C)
     if mask.start is not None:
-        seen = both(seen, keys >= tl.load(at(mask.start, (b, h, rows)), mask=rows < M, other=N))
+        seen = seen & (keys >= tl.load(at(mask.start, (b, h, rows)), mask=rows < M, other=N))
     if mask.end is not None:
-        seen = both(seen, keys < tl.load(at(mask.end, (b, h, rows)), mask=rows < M, other=0))
+        seen = seen & (keys < tl.load(at(mask.end, (b, h, rows)), mask=rows < M, other=0))
     if mask.keys is not None:
-        seen = both(seen, tl.load(at(mask.keys, (b, keys)), mask=keys < N, other=0) != 0)
+        seen = seen & (tl.load(at(mask.keys, (b, keys)), mask=keys < N, other=0) != 0)
     if mask.visible is not None:
-        exists = rows < M if all_exist(keys, C) else (rows < M) & (keys < N)
+        exists = (rows < M) & exist(keys, N, C)
         group = at(mask.visible, (b, h, rows // mask.query_group, keys // mask.key_group))
-        seen = both(seen, tl.load(group, mask=exists, other=0) != 0)
+        seen = seen & (tl.load(group, mask=exists, other=0) != 0)
     if mask.filled is not None:
         seen = seen | ((keys < N) & row_bit(mask.filled, b, h, rows, M))
     return seen
@@ -214,6 +212,12 @@ def sifts(logits):
     mask = logits.mask
     padded = (mask.keys is not None) & (mask.bounds is None)
     return padded | (mask.visible is not None) | (logits.bias is not None) | (mask.UNIFORM != 0)
+
+
+@triton.jit
+def masked(mask):
+    """Whether anything but a bias hides keys that exist: a constant."""
+    return ranged(mask) | (mask.keys is not None) | (mask.visible is not None)
 
 
 @triton.jit

@@ -30,15 +30,12 @@ def softmax_init(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
 def softmax_step(m, l, s, factor, BASE: tl.constexpr):
     """(m, l, p, alpha) with one tile of logits s * factor folded in; alpha scales what came before.
 
-    s: (BLOCK_M, BLOCK_N); factor: above 0, one for all or one a row, or None.
+    s: (BLOCK_M, BLOCK_N); factor: above 0, one for all or one a row.
     """
-    high = tl.max(s, 1)
-    if factor is not None:  # one instruction multiplies and subtracts, so the maximum is of what is not multiplied
-        high, s = high * factor, s * column(factor)
-    high = tl.maximum(m, high)
+    high = tl.maximum(m, tl.max(s, 1) * factor)
     pivot = safe(high)
     alpha = tl.exp2((m - pivot) * BASE)
-    p = tl.exp2((s - pivot[:, None]) * BASE)
+    p = tl.exp2((s * column(factor) - pivot[:, None]) * BASE)  # one instruction multiplies and subtracts
     return high, l * alpha + tl.sum(p, 1), p, alpha
 
 
