@@ -173,8 +173,6 @@ def test_four_probabilities_share_a_draw_of_dropout(kernel):
 SPILLS = {
     "sm_80": {
         "forward_kernel of two-pass bf16 D128 keys": 24,
-        "forward_kernel of ragged bf16 D128 plain": 8,
-        "forward_kernel of short keys bf16 D128 plain": 8,
         "dq_kernel of short queries bf16 D128 blocks": 8,
         "forward_kernel of two-pass bf16 D256 keys": 8,
         "dkv_kernel of two-pass bf16 D256 everything": 16,
@@ -190,15 +188,13 @@ SPILLS = {
         "forward_kernel of packed decode bf16 D64 everything": 8,
         "dkv_kernel of short queries bf16 D128 blocks": 8,
         "forward_kernel of packed decode bf16 D128 everything": 8,
-        "forward_kernel of two-pass bf16 D256 ranges": 8,
         "dq_kernel of two-pass bf16 D256 keys, bias": 8,
+        "forward_kernel of ragged bf16 D256 ranges": 8,
         "dkv_kernel of short keys bf16 D256 bits, ranges": 16,
         "forward_kernel of short keys bf16 D256 keys, bias, dropout": 8,
         "dkv_kernel of short queries bf16 D256 blocks": 8,
         "dkv_kernel of short queries bf16 D256 bits, ranges": 8,
         "forward_kernel of split bf16 D256 keys": 8,
-        "forward_kernel of split queries bf16 D256 ranges": 8,
-        "forward_kernel of two-pass bf16 D160 ranges": 8,
         "dkv_kernel of two-pass bf16 D160 ranges": 8,
     },
     "sm_100": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from crossattn_kernels.kernels.softmax import LOG2E
 from crossattn_kernels.kernels.views import INTERPRETED, Constants, constant
 from crossattn_kernels.problem import Inputs, Options, Problem
 from crossattn_kernels.tuning import Config, circumstances, plan, power_of_two
@@ -132,7 +132,7 @@ class Launcher:
         p = self.problem
         values = Constants(
             GROUP=p.group,
-            BASE=LOG2E.value if p.biased else 1.0,
+            BASE=math.log2(math.e) if p.biased else 1.0,
             HIDES=p.masked or p.biased,
             FULL=p.N % config.BLOCK_N == 0,
             ALONE=p.N <= config.BLOCK_N and not p.chunk,
