@@ -7,10 +7,10 @@
 import triton
 import triton.language as tl
 
-from crossattn_kernels.kernels.softmax import LOG2E, tanh, weighed
+from crossattn_kernels.kernels.softmax import LOG2E, LOWEST, tanh, weighed
 from crossattn_kernels.kernels.tiles import at, column, load_vec
 
-LOWEST, TINY = tl.constexpr(-(2.0 - 2.0**-23) * 2.0**127), tl.constexpr(2.0**-120)
+TINY = tl.constexpr(2.0**-120)
 
 
 @triton.jit
