@@ -122,14 +122,15 @@ class Problem(NamedTuple):
         B, Hq, M, N = x.sizes
         (entries, _, _, D), (others, Hk, _, _) = x.q.shape, x.k.shape
         pairwise, ranged = not x.visible is x.bias is None, not x.start is x.end is None
+        masked = ranged or not x.keys is x.visible is None
         changed = bool(options.softcap), bool(options.dropout_p), options.empty_rows != "zero"
         grouped = options.query_group * options.key_group > 1
         return Problem(
             B, Hq, Hk, M, N, D, x.v.shape[3], x.q.dtype, x.q.device,
-            masked=ranged or not x.keys is x.visible is None,
+            masked=masked,
             bias_varies=None if x.bias is None else tuple(n > 1 for n in x.bias.shape),
             plain=not pairwise and x.keys is x.gate is x.scale is None and not any(changed),
-            sifts=pairwise or (x.keys is not None and not x.bounded) or options.empty_rows == "uniform",
+            sifts=pairwise or (x.keys is not None and not x.bounded) or (masked and options.empty_rows == "uniform"),
             bounded=x.bounded,
             extras=ranged + sum(changed) + sum(t is not None for t in (x.keys, x.visible, x.bias, x.gate, x.scale)),
             pairwise=pairwise,
@@ -140,6 +141,11 @@ class Problem(NamedTuple):
             chunk=options.chunk,
             aligned=all(_rows_aligned(t) for t in (x.q, x.k, x.v)),
         )  # fmt: skip
+
+    @property
+    def by_lse(self) -> bool:
+        """p from lse is as exact as 16 bits need, unless a bias makes lse so large that it holds no digits of p."""
+        return self.dtype.itemsize == 2 and not self.biased
 
     @property
     def biased(self) -> bool:

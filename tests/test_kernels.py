@@ -106,7 +106,7 @@ def test_a_bias_may_be_large(backend, dtype):
 @pytest.mark.parametrize("scale", ["signs", 0.0])
 def test_scales_of_either_sign(backend, size, mask, scale):
     """The largest product is not the largest logit there."""
-    case = replace(SMALL, Hq=8, Hk=2, M=size, N=120, scale=scale, mask=mask)
+    case = replace(SMALL, B=8, Hq=8, Hk=2, M=size, N=120, scale=scale, mask=mask)
     assert_within_budget(check(case, backend))
 
 

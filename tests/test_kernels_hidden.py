@@ -238,3 +238,37 @@ def test_ranges_may_reach_beyond_the_keys(backend, dtype):
         chunks = [(k[:, :, :20], v[:, :, :20]), (k[:, :, 20:], v[:, :, 20:])]
         chunked = cross_attention_chunked(call.tensors["q"], chunks, mask=backwards, backend=backend)
         torch.testing.assert_close(chunked, y)
+
+
+@pytest.mark.parametrize("wanted", ["qkv", "k", "v", "qkv: short keys", "qv: short keys", "qkv: short queries"])
+@pytest.mark.parametrize("bad", ["k", "v", "dlse", "q", "dy"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_what_nobody_sees_reaches_no_gradient(wanted, bad, value):
+    """A key hidden from all, a query that sees nothing, which may reach dk and dv, but not its dq.
+
+    An infinity does not show in every sum: q and k are positive, so that products are -inf where k is.
+    """
+    wanted, _, schedule = wanted.partition(": ")
+    M, N, key, row = 15, 30, 10, torch.arange(15) == 4
+    seen = torch.rand(M, N, generator=torch.Generator().manual_seed(0)) > 0.3
+    seen[row], seen[:, key] = False, False
+    call = draw(replace(SMALL, M=M, N=N))._replace(mask=Mask.groups(seen))
+    clean = {n: call.tensors[n].abs() if n in "qk" else call.tensors[n] for n in "qkv"}
+    clean |= dict(dy=call.dy.masked_fill(row[:, None], 0), dlse=call.dlse.masked_fill(row, 0))
+    dirty = {n: t.clone() for n, t in clean.items()}
+    dirty[bad][:, :, key if bad in "kv" else row] = value
+    compared = set(wanted) - set("kv" if bad in ("q", "dy") else "")
+
+    def gradients(given, backend, dtype=torch.float32):
+        inputs = {n: given[n].to(dtype).requires_grad_(n in wanted) for n in "qkv"}
+        outputs = cross_attention(*inputs.values(), call.mask, return_lse=True, backend=backend)
+        # that of the reference has no gradient in a row that sees nothing
+        outputs = [t.masked_fill(row, 0) if t.ndim == 3 and backend == "reference" else t for t in outputs]
+        pairs = [(t, given[n].to(t.dtype)) for t, n in zip(outputs, ("dy", "dlse")) if t.requires_grad]
+        outputs, into = zip(*pairs)
+        found = torch.autograd.grad(outputs, [inputs[n] for n in wanted], into)
+        return {f"d{n}": g for n, g in zip(wanted, found) if n in compared}
+
+    with tuning.force(backward_schedule=schedule or "two-pass"):
+        found = gradients(dirty, "triton")
+    assert_within_budget(compare(found, gradients(clean, "reference", torch.float64), gradients(clean, "reference")))

@@ -21,16 +21,18 @@ from crossattn_kernels.kernels.scores import (
     head_scale,
     key_range,
     logit_grad,
+    own_scale,
     scale_sums,
     scores,
-    sifts,
     store_scale_sums,
     through_softcap,
     touches,
     whole_range,
 )
-from crossattn_kernels.kernels.softmax import across, down, indices, load_row, softmax_grad, weighed
+from crossattn_kernels.kernels.softmax import LOG2E, LOWEST, across, down, indices, load_row, softmax_grad, weighed
 from crossattn_kernels.kernels.tiles import (
+    all_finite,
+    anew,
     dot,
     dot_in_pairs,
     finite,
@@ -60,10 +62,11 @@ from crossattn_kernels.tuning import Config, dk_dv_apart
 
 
 @triton.jit
-def delta_kernel(o, do, dlse, delta, Hq, M, C: tl.constexpr):
+def delta_kernel(o, do, lse, high, dlse, pivot, delta, Hq, M, C: tl.constexpr):
     """delta = rowsum(o * do) - dlse for BLOCK_M queries; with a gate on whole rows y and dy give the same.
 
-    fp32 tensors are summed in fp64: dp - delta cancels, and this kernel waits for memory anyway.
+    fp32 tensors are summed in fp64: dp - delta cancels, and this kernel waits for memory anyway.  The pivot is lse in
+    base 2 or, if it is given, the maximum of the logits; of a row that saw nothing it is finite, as inf - inf is NaN.
     """
     tile, b, h = program(tl.cdiv(M, C.BLOCK_M), Hq)
     rows, dv = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_DV)
@@ -73,6 +76,8 @@ def delta_kernel(o, do, dlse, delta, Hq, M, C: tl.constexpr):
     if dlse is not None:
         total -= load_vec(dlse, b, h, rows, M, 0.0)
     store_vec(delta, b, h, rows, M, total)
+    known = load_vec(lse, b, h, rows, M, 0.0) * LOG2E if high is None else load_vec(high, b, h, rows, M, 0.0)
+    store_vec(pivot, b, h, rows, M, tl.maximum(known, LOWEST, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -85,64 +90,85 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, splits, Hq, M, N,
     split, shared = rest % splits, rest // splits
     entries = tl.num_programs(0) // (tl.cdiv(M, C.BLOCK_M) * Hq * splits)
     rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
-    d, dv = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
+    d = tl.arange(0, C.BLOCK_D)
     q_tile = load_lasting(q, shared, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
-    acc = tl.zeros([C.BLOCK_M, C.BLOCK_D], tl.float32)
     scale = head_scale(logits, shared, h)
+    operands = k, v, do, sums, known, drop, M, N
+    place = shared, entries, batches, split, splits, h
+    acc = dq_entries(q_tile, operands, logits, scale, place, rows, C.BLOCK_N, False, C)
+    if C.SIFTS:
+        if not all_finite(acc):  # perhaps because of what is hidden
+            FEW: tl.constexpr = C.BLOCK_N if C.ALONE else (16 if C.BLOCK_M < 64 or C.BLOCK_N < 32 else 32)
+            acc = dq_entries(q_tile, operands, logits, scale, place, anew(rows, M), FEW, True, C)
+    store_rows(sums.dq, split * entries + shared, h, anew(rows, M), d, M, C.D, acc * scale)
+
+
+@triton.jit
+def dq_entries(q_tile, operands, logits, scale, place, rows, STEP: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):
+    """dq without its scale, over all entries that share q; the sums for gate and scale of each are stored.
+
+    Where all tiles are sifted, hidden values are looked at only AGAIN, in the run that one of them has caused.
+    """
+    k, v, do, sums, known, drop, M, N = operands
+    shared, entries, batches, split, splits, h = place
+    acc = tl.zeros([C.BLOCK_M, C.BLOCK_D], tl.float32)
     # at D = 256 a second loop does not fit the registers, and the end of the keys is but one selection an entry
     ONE_LOOP: tl.constexpr = (C.EDGE_STAGES > 0) & (C.BLOCK_D > 128) & (not C.HIDES)
     for entry in tl.range(0, batches):
         b = shared + entry
-        do_tile = load_lasting(do, b, h, rows, dv, M, C.DV)  # (BLOCK_M, BLOCK_DV)
-        tiles = q_tile, do_tile, down(load_row(known, b, h, rows, M))
+        do_tile = load_lasting(do, b, h, rows, tl.arange(0, C.BLOCK_DV), M, C.DV)  # (BLOCK_M, BLOCK_DV)
+        tiles = q_tile, do_tile, down(load_row(known, b, h, rows, M, C))
         none = tl.zeros([C.BLOCK_M], tl.float32)
         found = acc, none, (none, none, none)
         lo, hi = key_range(logits.mask, b, h, rows, M, N)
         lo = lo // C.BLOCK_N * C.BLOCK_N
         if splits > 1:  # 1 is known when the kernel is compiled, and then so is lo where nothing is masked
             lo, hi = share(lo, hi, split, splits, C.BLOCK_N)
-        first, last = whole_range(logits, b, h, rows, lo, hi, M, N, C.BLOCK_N)
+        first, last = whole_range(logits, b, h, rows, lo, hi, M, N, C)
         if ONE_LOOP:
             first, last = lo, lo
-        elif not sifts(logits):
+        elif not C.SIFTS:
             for key in tl.range(first, last, C.BLOCK_N):
-                found = dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N, True, C)
+                found = dq_tile(found, tiles, operands, logits, scale, b, h, rows, key, STEP, True, False, C)
         if C.EDGE_STAGES > 0:
             # the others, on both sides; a pipeline for the last one alone would make ptxas serialise all products
-            for i in tl.range(lo, hi - (last - first), C.BLOCK_N, num_stages=None if C.HIDES | ONE_LOOP else 1):
+            STAGES: tl.constexpr = 1 if AGAIN or not (C.HIDES or ONE_LOOP) else None
+            for i in tl.range(lo, hi - (last - first), STEP, num_stages=STAGES):
                 key = i + tl.where(i < first, 0, last - first)
-                cols = (key + tl.arange(0, C.BLOCK_N))[None, :]
-                if touches(logits.mask, b, h, rows[:, None], cols, M, N, C.SKIPS, C):
-                    found = dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N, False, C)
+                cols = (key + tl.arange(0, STEP))[None, :]
+                if touches(logits.mask, b, h, rows[:, None], cols, M, N, C.SKIPS and not AGAIN, C):
+                    found = dq_tile(found, tiles, operands, logits, scale, b, h, rows, key, STEP, False, AGAIN, C)
         acc = found[0]
         at_split = split * entries * batches + b
         if sums.gate is not None:
             store_vec(sums.gate, at_split, h, rows, M, found[1])
         if sums.scale is not None:
             store_scale_sums(sums.scale, at_split, h, rows, M, found[2])
-    store_rows(sums.dq, split * entries + shared, h, rows, d, M, C.D, acc * scale)
+    return acc
 
 
 @triton.jit
-def dq_tile(found, tiles, k, v, sums, logits, drop, scale, b, h, rows, key, M, N, WHOLE: tl.constexpr, C: tl.constexpr):
+def dq_tile(found, tiles, operands, logits, scale, b, h, rows, key,
+            STEP: tl.constexpr, WHOLE: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """(dq without its scale, sum for the gate, sums for the scale) with one tile of keys folded in."""
     acc, gated, scaled = found
     q_tile, do_tile, row = tiles
-    HIDES: tl.constexpr = C.HIDES and not WHOLE
-    hk, rows, keys = h // C.GROUP, rows[:, None], key + tl.arange(0, C.BLOCK_N)
-    k_tile = load_rows(k, b, hk, keys, tl.arange(0, C.BLOCK_D), N, C.D, WHOLE)  # (BLOCK_N, BLOCK_D)
-    v_tile = load_rows(v, b, hk, keys, tl.arange(0, C.BLOCK_DV), N, C.DV, WHOLE)  # (BLOCK_N, BLOCK_DV)
-    qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, BLOCK_N)
+    k, v, do, sums, known, drop, M, N = operands
+    EXACT: tl.constexpr = C.HIDES and not WHOLE and (AGAIN or not C.SIFTS)
+    hk, rows, keys = h // C.GROUP, rows[:, None], key + tl.arange(0, STEP)
+    k_tile = load_rows(k, b, hk, keys, tl.arange(0, C.BLOCK_D), N, C.D, WHOLE)  # (STEP, BLOCK_D)
+    v_tile = load_rows(v, b, hk, keys, tl.arange(0, C.BLOCK_DV), N, C.DV, WHOLE)  # (STEP, BLOCK_DV)
+    qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, STEP)
     dyv = dot_in_pairs(do_tile, v_tile.T, C.TF32)
-    s = scores(qk, logits, scale, b, h, rows, keys[None, :], M, N, C, WHOLE)
-    drawn = indices(key, drop, C.BLOCK_N)[None, :]
-    p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows, drawn, 1, HIDES, C)
+    s = scores(qk, logits, scale, b, h, rows, keys[None, :], M, N, C, WHOLE, False, EXACT)
+    drawn = indices(key, drop, STEP)[None, :]
+    p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows, drawn, 1, EXACT, C)
     if sums.gate is not None:
         gated += weighed(pv, dyv, 1)
     if sums.scale is not None:
         scaled = scale_sums(scaled, p, ds, qk, logits, scale, b, h, rows, M, 1)
     ds = through_softcap(logit_grad(ds, logits, b, h, rows, M), qk, logits, scale)
-    k_tile = finite(k_tile) if HIDES else k_tile
+    k_tile = finite(k_tile) if EXACT else k_tile
     return dot(ds.to(k_tile.dtype), k_tile, acc, C.TF32), gated, scaled
 
 
@@ -159,80 +185,121 @@ def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, 
     keys = tile * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
     d, e = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
     tiles = load_lasting(k, shared, hk, keys, d, N, C.D), load_lasting(v, shared, hk, keys, e, N, C.DV)
-    found = (
-        tl.zeros([C.BLOCK_N, C.BLOCK_D if dk is not None else 1], tl.float32),  # one column: no sum
-        tl.zeros([C.BLOCK_N, C.BLOCK_DV if dv is not None else 1], tl.float32),
-    )
+    pairs = batches * C.GROUP  # (b, h) that read these keys
+    readers = shared, hk, pairs
+    lo, hi = query_range(ranges, shared, hk, pairs, keys, M, C)
+    lo, hi = share(lo, hi, split, splits, C.BLOCK_M)
+    operands = q, do, sums, known, drop, M, N
+    found = dkv_init(dk, dv, C)
     # a key past the end has rows of its own, which are not stored: it is hidden from sums over the keys only
     SUMS: tl.constexpr = C.ALONE | (sums.dq is not None)
     EDGES: tl.constexpr = (C.EDGE_STAGES > 0) & (C.HIDES | SUMS)
-    pairs = batches * C.GROUP  # (b, h) that read these keys: one loop over all of them and their queries,
-    outer, inner = (pairs, 1) if SUMS else (1, pairs)  # in which ptxas would serialise products that make dq too
-    lo, hi = query_range(ranges, shared, hk, pairs, keys, M, C)
-    lo, hi = share(lo, hi, split, splits, C.BLOCK_M)
-    first, last = lo, lo
-    if not (EDGES & SUMS):
-        if not sifts(logits):
-            first, last = whole_queries(ranges, shared, hk, pairs, tl.minimum(keys, N - 1), lo, hi, C)
+    first, last = lo, hi  # queries that see all of these keys
     if EDGES:
-        for j in tl.range(0, outer):
-            for i in tl.range(0, tl.cdiv(hi - (last - first) - lo, C.BLOCK_M) * inner):
-                b, h = pair(j + i % inner, shared, hk, C)
-                query = lo + i // inner * C.BLOCK_M
-                query += tl.where(query < first, 0, last - first)
-                rows = (query + tl.arange(0, C.BLOCK_M))[None, :]
-                if among_pairs(ranges, b, h, query, keys, C):
-                    if touches(logits.mask, b, h, rows, keys[:, None], M, N, sums.dq is None, C):
-                        found = dkv_tile(
-                            found, tiles, q, do, sums, known, logits, drop, b, h, query, keys, M, N, False, C
-                        )
-    if not (EDGES & SUMS):
-        if not sifts(logits):
-            for j in tl.range(0, outer):
-                for i in tl.range(0, tl.cdiv(last - first, C.BLOCK_M) * inner):
-                    b, h = pair(j + i % inner, shared, hk, C)
-                    query = first + i // inner * C.BLOCK_M
-                    found = dkv_tile(found, tiles, q, do, sums, known, logits, drop, b, h, query, keys, M, N, True, C)
+        first, last = lo, lo
+        if not (SUMS | C.SIFTS):
+            first, last = whole_queries(ranges, shared, hk, pairs, tl.minimum(keys, N - 1), lo, hi, C)
+        # of what is hidden and not finite something would reach dk, if not dv; of tiles also dq
+        TRIES: tl.constexpr = C.HIDES & (SUMS | C.SIFTS) & ((sums.dq is None) | (dk is not None))
+        clean = sound(tiles) if TRIES & (sums.dq is not None) else tl.full([], 1, tl.int1)
+        span, gap = (lo, hi), (first, last)
+        found = dkv_tiles(
+            found, tiles, operands, logits, ranges, readers, keys, span, gap, C.BLOCK_M, False, not TRIES, C
+        )
+        if TRIES:
+            if not (clean & sound(found)):
+                FEW: tl.constexpr = 16 if C.BLOCK_N < 64 or C.BLOCK_M < 32 else 32  # as in the forward
+                again = anew(keys, N)
+                tiles = load_lasting(k, shared, hk, again, d, N, C.D), load_lasting(v, shared, hk, again, e, N, C.DV)
+                found = dkv_init(dk, dv, C)
+                found = dkv_tiles(
+                    found, tiles, operands, logits, ranges, readers, again, span, gap, FEW, False, True, C
+                )
+    if not (EDGES & (SUMS | C.SIFTS)):
+        span, gap = (first, last), (first, first)
+        found = dkv_tiles(found, tiles, operands, logits, ranges, readers, keys, span, gap, C.BLOCK_M, True, False, C)
     entries = tl.num_programs(0) // (tl.cdiv(N, C.BLOCK_N) * (Hq // C.GROUP) * splits)
+    keys = anew(keys, N)
     if dk is not None:
-        store_rows(dk, split * entries + shared, hk, keys, d, N, C.D, found[0])
+        store_rows(dk, split * entries + shared, hk, keys, d, N, C.D, found[0] * logits.scale)
     if dv is not None:
         store_rows(dv, split * entries + shared, hk, keys, e, N, C.DV, found[1])
 
 
 @triton.jit
-def dkv_tile(
-    found, tiles, q, do, sums, known, logits, drop, b, h, query, keys, M, N, WHOLE: tl.constexpr, C: tl.constexpr
-):
+def dkv_init(dk, dv, C: tl.constexpr):
+    """(dk, dv), of one column where there is no sum."""
+    return (
+        tl.zeros([C.BLOCK_N, C.BLOCK_D if dk is not None else 1], tl.float32),
+        tl.zeros([C.BLOCK_N, C.BLOCK_DV if dv is not None else 1], tl.float32),
+    )
+
+
+@triton.jit
+def sound(pair):
+    """Whether two tiles are finite: a scalar."""
+    return all_finite(pair[0]) & all_finite(pair[1])
+
+
+@triton.jit
+def dkv_tiles(found, tiles, operands, logits, ranges, readers, keys, span, gap,
+              STEP: tl.constexpr, WHOLE: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """(dk, dv) with the queries of all readers folded in that lie in `span` and not in `gap`, both [first, last).
+
+    Where that is not exact without, hidden values are looked at only AGAIN, in the run that one of them has caused.
+    """
+    q, do, sums, known, drop, M, N = operands
+    shared, hk, pairs = readers
+    # one loop over all readers and their queries, in which ptxas would serialise products that make dq too
+    outer, inner = (pairs, 1) if C.ALONE | (sums.dq is not None) else (1, pairs)
+    turns = tl.cdiv(span[1] - span[0] - (gap[1] - gap[0]), STEP) * inner
+    STAGES: tl.constexpr = 1 if STEP < C.BLOCK_M else None
+    for j in tl.range(0, outer):
+        for i in tl.range(0, turns, num_stages=STAGES):
+            b, h = pair(j + i % inner, shared, hk, C)
+            query = span[0] + i // inner * STEP
+            query += tl.where(query < gap[0], 0, gap[1] - gap[0])
+            rows = (query + tl.arange(0, STEP))[None, :]
+            if WHOLE or among_pairs(ranges, b, h, query, keys, C):
+                if WHOLE or touches(logits.mask, b, h, rows, keys[:, None], M, N, sums.dq is None, C):
+                    found = dkv_tile(found, tiles, operands, logits, b, h, query, keys, STEP, WHOLE, AGAIN, C)
+    return found
+
+
+@triton.jit
+def dkv_tile(found, tiles, operands, logits, b, h, query, keys,
+             STEP: tl.constexpr, WHOLE: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """(dk, dv) with one tile of queries folded in, whose sums over the keys are stored."""
     dk_acc, dv_acc = found
     k_tile, v_tile = tiles
-    HIDES: tl.constexpr = C.HIDES and not WHOLE
-    rows, keys = query + tl.arange(0, C.BLOCK_M), keys[:, None]
+    q, do, sums, known, drop, M, N = operands
+    EXACT: tl.constexpr = C.HIDES and AGAIN
+    rows, keys = query + tl.arange(0, STEP), keys[:, None]
     d, scale = tl.arange(0, C.BLOCK_D), head_scale(logits, b, h)
-    q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
-    do_tile = load_rows(do, b, h, rows, tl.arange(0, C.BLOCK_DV), M, C.DV)  # (BLOCK_M, BLOCK_DV)
-    kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
+    q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (STEP, BLOCK_D)
+    do_tile = load_rows(do, b, h, rows, tl.arange(0, C.BLOCK_DV), M, C.DV)  # (STEP, BLOCK_DV)
+    kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, STEP)
     vdy = dot_in_pairs(v_tile, do_tile.T, C.TF32)
-    row = across(load_row(known, b, h, rows, M))  # not before the products, where it would take their registers
-    s = scores(kq, logits, scale, b, h, rows[None, :], keys, M, N, C, WHOLE)
-    drawn = indices(query, drop, C.BLOCK_M)[None, :]
-    p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, drawn, keys, 0, HIDES, C)
+    row = across(load_row(known, b, h, rows, M, C))  # not before the products, where it would take their registers
+    s = scores(kq, logits, scale, b, h, rows[None, :], keys, M, N, C, WHOLE, False, EXACT)
+    drawn = indices(query, drop, STEP)[None, :]
+    p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, drawn, keys, 0, EXACT, C)
     if sums.scale is not None:
-        no = tl.zeros([C.BLOCK_M], tl.float32)
+        no = tl.zeros([STEP], tl.float32)
         scaled = scale_sums((no, no, no), p, ds, kq, logits, scale, b, h, rows[None, :], M, 0)
         store_scale_sums(sums.scale, b, h, rows, M, scaled)
     ds = through_softcap(logit_grad(ds, logits, b, h, rows[None, :], M), kq, logits, scale)
+    ds *= own_scale(logits, b, h)  # and those of all heads are multiplied as sums
     if sums.dq is not None:
         if sums.gate is not None:
             store_vec(sums.gate, b, h, rows, M, weighed(pv, vdy, 0))
-        finite_k = finite(k_tile) if HIDES else k_tile
-        dq = dot(finite_k.T, (ds * scale).to(k_tile.dtype), None, C.TF32)  # (BLOCK_D, BLOCK_M)
-        store_rows(sums.dq, b, h, rows, d, M, C.D, dq.T)
+        finite_k = finite(k_tile) if EXACT else k_tile
+        dq = dot(finite_k.T, ds.to(k_tile.dtype), None, C.TF32)  # (BLOCK_D, STEP)
+        store_rows(sums.dq, b, h, rows, d, M, C.D, (dq * logits.scale).T)
     if dv_acc.shape[1] > 1:
         dv_acc = dot((pv * row.gate).to(do_tile.dtype), do_tile, dv_acc, C.TF32)
     if dk_acc.shape[1] > 1:
-        dk_acc = dot((ds * scale).to(q_tile.dtype), q_tile, dk_acc, C.TF32)
+        dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc, C.TF32)
     return dk_acc, dv_acc
 
 
@@ -267,39 +334,44 @@ class Backward:
         return torch.tanh(self.x.gate.float())
 
     @cached_property
-    def full_delta(self) -> Tensor:
-        B, Hq, M = self.lse.shape
-        delta = torch.empty_like(self.lse)
+    def pivot_and_delta(self) -> tuple[Tensor, Tensor]:
+        (B, Hq, M), high = self.lse.shape, None if self.launch.problem.by_lse else self.state[:, 0]
+        pivot, delta = torch.empty_like(self.lse), torch.empty_like(self.lse)
 
-        def arguments(o: Tensor, do: Tensor, dlse: Tensor | None, delta: Tensor) -> tuple:
+        def arguments(o: Tensor, do: Tensor, lse: Tensor, *rows: Tensor | None) -> tuple:
             tiles = triton.cdiv(M, self.launch.plan.rows.BLOCK_M)
-            return tiles * B * Hq, rows_view(o), rows_view(do), view(dlse), view(delta), Hq, M
+            return tiles * B * Hq, rows_view(o), rows_view(do), view(lse), *map(view, rows), Hq, M
 
-        self.launch(delta_kernel, arguments, self.o, self.do, self.dlse, delta)
-        return delta
+        self.launch(delta_kernel, arguments, self.o, self.do, self.lse, high, self.dlse, pivot, delta)
+        return pivot, delta
 
     def run_kernel(
         self, kernel: Any, config: Config, arguments: Callable[..., tuple], *tensors: Tensor | None, label: str = ""
     ) -> None:
         """Launch a kernel that makes p and ds: `arguments` gets its own tensors as they are and what all of these
         kernels take as (q, k, v, do), known, logits and dropout."""
-        alone = self.x.sizes[3] <= config.BLOCK_N and not self.options.chunk
-        # p from lse is as exact as 16 bits need, unless a bias makes lse so large that it holds no digits of p
-        by_lse = self.x.q.dtype.itemsize == 2 and self.x.bias is None
-        delta, state = None if alone else self.full_delta, None if by_lse else self.state
+        known = self.known(config)
+        first, last = len(known), len(known) + len(self.x)  # of the inputs
         gate = None if self.x.gate is None or self.x.gate_varies else self.gate
 
-        def all_arguments(
-            do: Any, lse: Any, state: Any, delta: Any, dlse: Any, filled: Any, bounds: Any, gate: Any, *rest: Any
-        ) -> tuple:
-            x = Inputs(*rest[: len(self.x)])
-            common = (*inputs_view(x), rows_view(do))
-            known = Rows(view(lse), view(state), view(delta), view(dlse), *tanh_views(gate, *lse.shape))
+        def all_arguments(do: Any, gate: Any, filled: Any, bounds: Any, *rest: Any) -> tuple:
+            x, gates = Inputs(*rest[first:last]), tanh_views(gate, *self.lse.shape)
             logits, drop = logits_view(x, self.options, filled, bounds), dropout_view(x, self.options)
-            return arguments(common, known, (logits, drop), *rest[len(self.x) :])
+            rows = Rows(*gates, *map(view, rest[:first]))
+            return arguments((*inputs_view(x), rows_view(do)), rows, (logits, drop), *rest[last:])
 
-        shared = (self.do, self.lse, state, delta, self.dlse, self.filled, self.bounds, gate)
-        self.launch(kernel, all_arguments, *shared, *self.x, *tensors, label=label)
+        shared = self.do, gate, self.filled, self.bounds
+        self.launch(kernel, all_arguments, *shared, *known, *self.x, *tensors, label=label)
+
+    def known(self, config: Config) -> tuple[Tensor | None, ...]:
+        """What a kernel with these tiles learns of every query: the fields of Rows from dlse on."""
+        by_lse, problem = self.launch.problem.by_lse, self.launch.problem
+        inverse = self.state[:, 1]
+        if problem.N > config.BLOCK_N or problem.chunk:
+            return self.dlse, *self.pivot_and_delta, None if by_lse else inverse, None, None
+        near = self.lse if by_lse else self.state[:, 0]
+        lone = problem.N == 1 or problem.masked or problem.biased
+        return self.dlse, None, None, None if by_lse else inverse, near, inverse if lone else None
 
     def by_queries(self) -> dict[str, Tensor | None]:
         (B, Hq, M, N), config, entries = self.x.sizes, self.launch.plan.dq, self.x.q.shape[0]

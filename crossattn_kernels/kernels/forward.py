@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossattn_kernels.kernels.bounds import filled_rows, key_bounds
 from crossattn_kernels.kernels.launch import Launcher
-from crossattn_kernels.kernels.scores import head_scale, key_range, later, scores, sifts, touches, upward, whole_range
+from crossattn_kernels.kernels.scores import head_scale, key_range, later, scores, touches, upward, whole_range
 from crossattn_kernels.kernels.softmax import (
     Softmax,
     indices,
@@ -25,6 +25,7 @@ from crossattn_kernels.kernels.softmax import (
 )
 from crossattn_kernels.kernels.tiles import (
     all_finite,
+    anew,
     at,
     column,
     descriptor,
@@ -68,9 +69,9 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
         v = descriptor(v, b, hk, N, C.DV, C.BLOCK_N, C.BLOCK_DV)
     lo, hi = key_range(logits.mask, b, h, rows, M, N)
     lo, hi = share(lo, hi, split, splits, C.BLOCK_N)
-    first, last = whole_range(logits, b, h, rows, lo, hi, M, N, C.BLOCK_N)
+    first, last = whole_range(logits, b, h, rows, lo, hi, M, N, C)
     state = softmax_init(C.BLOCK_M, C.BLOCK_DV)
-    if not sifts(logits):
+    if not C.SIFTS:
         if first < last:
             state = whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first, last, M, N, C)
     if C.EDGE_STAGES > 0:
@@ -82,14 +83,15 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
                 state = any_tile(
                     state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C.BLOCK_N, False, C
                 )
-    if C.HIDES and sifts(logits):
+    if C.SIFTS:
         if not all_finite(state.acc):  # perhaps because of what is hidden
             # few at a time need fewer registers than the first run; as wide products of 16 ptxas would serialise them
             narrow: tl.constexpr = C.BLOCK_M < 64 or C.BLOCK_N < 32
             FEW: tl.constexpr = C.BLOCK_N if C.TMA else (16 if narrow else 32)
-            state = softmax_init(C.BLOCK_M, C.BLOCK_DV)
+            state, rows = softmax_init(C.BLOCK_M, C.BLOCK_DV), anew(rows, M)
             for key in tl.range(lo, hi, FEW, num_stages=1):
                 state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, FEW, True, C)
+    rows = anew(rows, M)
     if partial is None:
         store_result(result, state, b, h, rows, M, C)
     else:
@@ -133,8 +135,9 @@ def any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N
     heads, rows, cols = column(h), rows[:, None], (key + tl.arange(0, STEP))[None, :]
     qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, False, STEP, C).T, None, C.TF32)
     v_tile = key_tile(v, b, hk, key, N, C.DV, C.BLOCK_DV, False, STEP, C)  # (STEP, BLOCK_DV)
-    s = scores(qk, logits, column(scale), b, heads, rows, cols, M, N, C, False, True, AGAIN)  # (BLOCK_M, STEP)
-    if C.HIDES and (AGAIN or not sifts(logits)):
+    EXACT: tl.constexpr = AGAIN or not C.SIFTS
+    s = scores(qk, logits, column(scale), b, heads, rows, cols, M, N, C, False, True, EXACT)  # (BLOCK_M, STEP)
+    if C.HIDES and EXACT:
         s, v_tile = quarantine(s, v_tile)
     m, l, p, alpha = softmax_step(state.m, state.l, s, later(logits, scale), C.BASE)
     p = kept(p, drop, b, heads, rows, indices(key, drop, STEP)[None, :]).to(v_tile.dtype)

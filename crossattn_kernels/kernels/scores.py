@@ -15,10 +15,16 @@ TINY = tl.constexpr(2.0**-120)
 
 @triton.jit
 def head_scale(logits, b, h):
-    scale = logits.scale
-    if logits.head_scale is not None:
-        scale *= tl.load(at(logits.head_scale, (b, h))).to(tl.float32)
-    return scale
+    return logits.scale * own_scale(logits, b, h)
+
+
+@triton.jit
+def own_scale(logits, b, h):
+    """That of one head beside `logits.scale`, which is that of all."""
+    if logits.head_scale is None:
+        return tl.full([], 1.0, tl.float32)
+    else:
+        return tl.load(at(logits.head_scale, (b, h))).to(tl.float32)
 
 
 @triton.jit
@@ -75,7 +81,7 @@ def hide(s, logits, b, h, rows, keys, M, N, EXACT: tl.constexpr, C: tl.constexpr
     if logits.mask.UNIFORM:
         filled = row_bit(logits.mask.filled, b, h, rows, M)
         s, seen = tl.where(filled, 0.0, s), seen | (filled & (keys < N))
-    if EXACT or not sifts(logits):
+    if EXACT or not C.HIDES:
         return tl.where(seen, s, float("-inf"))
     elif C.FULL and not masked(logits.mask):
         return s
@@ -190,28 +196,20 @@ def common_range(mask, b, h, rows, M, N):
 
 
 @triton.jit
-def whole_range(logits, b, h, rows, lo, hi, M, N, BLOCK_N: tl.constexpr):
+def whole_range(logits, b, h, rows, lo, hi, M, N, C: tl.constexpr):
     """Part of [lo, hi), a multiple of BLOCK_N long, all of whose keys each of these queries sees; maybe empty, at lo.
 
     lo is a multiple of BLOCK_N.
     """
     first, last = lo, hi
-    if sifts(logits):
+    if C.SIFTS:
         last = lo
     elif ranged(logits.mask):
         first, last = common_range(logits.mask, b, h, rows, M, N)
-        first, last = tl.maximum(lo, tl.cdiv(first, BLOCK_N) * BLOCK_N), tl.minimum(hi, last)
-    last = last // BLOCK_N * BLOCK_N
+        first, last = tl.maximum(lo, tl.cdiv(first, C.BLOCK_N) * C.BLOCK_N), tl.minimum(hi, last)
+    last = last // C.BLOCK_N * C.BLOCK_N
     some = first < last
     return tl.where(some, first, lo), tl.where(some, last, lo)
-
-
-@triton.jit
-def sifts(logits):
-    """Whether an entry inside the range of its query may be hidden or changed: a constant."""
-    mask = logits.mask
-    padded = (mask.keys is not None) & (mask.bounds is None)
-    return padded | (mask.visible is not None) | (logits.bias is not None) | (mask.UNIFORM != 0)
 
 
 @triton.jit

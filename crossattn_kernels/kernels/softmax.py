@@ -72,65 +72,66 @@ def quarantine(s, v):
 class Row(NamedTuple):
     """What the backward knows of a tile of queries; blocks that broadcast against the tile's logits."""
 
-    pivot: tl.tensor  # p = 2^((s - pivot) * BASE) * inverse
+    pivot: tl.tensor  # p = 2^((s - pivot) * BASE) * inverse; finite
     inverse: tl.tensor
     delta: tl.tensor
     gate: tl.tensor  # tanh of the gate, 1 without one
+    several: tl.tensor  # 0 where a tile holds all keys and the query sees one of them
 
 
 @triton.jit
-def load_row(known, b, h, rows, M):
-    """Row of (BLOCK_M,) blocks; queries past the end get p = 0."""
-    if known.state is None:
-        pivot = load_vec(known.lse, b, h, rows, M, float("inf")) * LOG2E
-        inverse = tl.zeros_like(pivot) + 1.0
-    else:
-        pivot = tl.load(at(known.state, (b, 0, h, rows)), mask=rows < M, other=float("inf"))
-        inverse = tl.load(at(known.state, (b, 1, h, rows)), mask=rows < M, other=0.0)
-    delta = tl.zeros_like(pivot)
-    if known.delta is not None:
+def load_row(known, b, h, rows, M, C: tl.constexpr):
+    """Row of (BLOCK_M,) blocks; 0 for queries past the end, of which q and do are 0, too, and so ds."""
+    delta = tl.zeros(rows.shape, tl.float32)
+    pivot, inverse, gate, several = delta, delta + 1.0, delta + 1.0, delta + 1.0
+    if known.pivot is not None:
+        pivot = load_vec(known.pivot, b, h, rows, M, 0.0)
         delta = load_vec(known.delta, b, h, rows, M, 0.0)
     elif known.dlse is not None:
         delta -= load_vec(known.dlse, b, h, rows, M, 0.0)
-    gate = tl.zeros_like(pivot) + 1.0
+    if known.near is not None:
+        pivot = load_vec(known.near, b, h, rows, M, 0.0) * (LOG2E if C.BY_LSE else 1.0)
+        pivot = tl.maximum(pivot, LOWEST, propagate_nan=tl.PropagateNan.ALL) if C.HIDES else pivot
+    if known.share is not None:
+        several = tl.where(load_vec(known.share, b, h, rows, M, 0.0) == 1.0, 0.0, 1.0)
+    if known.inverse is not None:
+        inverse = load_vec(known.inverse, b, h, rows, M, 0.0)
     if known.gate is not None:
         gate = load_vec(known.gate, b, h, rows, M, 0.0)
     if known.head_gate is not None:
         gate *= tl.load(at(known.head_gate, (b, h)))
-    return Row(pivot, inverse, delta, gate)
+    return Row(pivot, inverse, delta, gate, several)
 
 
 @triton.jit
 def down(row):
     """Queries down the tile: (BLOCK_M, 1)."""
-    return Row(row.pivot[:, None], row.inverse[:, None], row.delta[:, None], row.gate[:, None])
+    return Row(row.pivot[:, None], row.inverse[:, None], row.delta[:, None], row.gate[:, None], row.several[:, None])
 
 
 @triton.jit
 def across(row):
     """Queries across the tile: (1, BLOCK_M)."""
-    return Row(row.pivot[None, :], row.inverse[None, :], row.delta[None, :], row.gate[None, :])
+    return Row(row.pivot[None, :], row.inverse[None, :], row.delta[None, :], row.gate[None, :], row.several[None, :])
 
 
 @triton.jit
-def softmax_grad(s, dyv, row, drop, b, h, rows, keys, KEYS: tl.constexpr, HIDES: tl.constexpr, C: tl.constexpr):
+def softmax_grad(s, dyv, row, drop, b, h, rows, keys,
+                 KEYS: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """(p, pv, ds) of a tile from its logits and dy vᵀ; pv is p as it multiplied v, after dropout.
 
-    KEYS is the axis of the keys.  A tile that holds ALONE all keys gives p and rowsum(o * do) = rowsum(p * dp) afresh,
-    which is exact where a row sees a single key; delta is then -dlse alone.
-    Where a mask HIDES, hidden entries are 0 whatever dy vᵀ is; without one, those of keys past the end are 0 anyway.
+    KEYS is the axis of the keys.  A tile that holds ALONE all keys gives rowsum(o * do) = rowsum(p * dp) afresh, which
+    equals dp where a row sees one key; delta is then -dlse alone.
+    EXACT: hidden entries are 0 even if dy vᵀ, or what a row knows, is not finite.
     """
-    hidden = s == float("-inf") if HIDES else None
+    hidden = s == float("-inf") if EXACT else None
     dp = unless(hidden, kept(dyv * row.gate, drop, b, h, rows, keys))
+    p = unless(hidden, tl.exp2((s - row.pivot) * C.BASE) * row.inverse)
+    delta = row.delta
     if C.ALONE:
-        p = tl.exp2((s - safe(tl.max(s, KEYS, keep_dims=True))) * C.BASE)
-        total = tl.sum(p, KEYS, keep_dims=True)
-        p = p / tl.where(total == 0.0, 1.0, total)
-        dp -= tl.sum(p * dp, KEYS, keep_dims=True)
-    else:
-        pivot = safe(row.pivot) if HIDES else row.pivot  # without a mask every row sees something
-        p = unless(hidden, tl.exp2((s - pivot) * C.BASE) * row.inverse)
-    return p, kept(p, drop, b, h, rows, keys), unless(hidden, p * (dp - row.delta))
+        delta += row.several * tl.sum(p * dp, KEYS, keep_dims=True)
+        dp *= row.several
+    return p, kept(p, drop, b, h, rows, keys), unless(hidden, p * (dp - delta))
 
 
 @triton.jit

@@ -151,12 +151,14 @@ def dropout_view(x: Inputs, options: Options) -> Dropout | None:
 class Rows(NamedTuple):
     """What the backward knows of every query, each (B, Hq, M)."""
 
-    lse: View
-    state: View | None  # (B, 2, Hq, M), as in Result; without it p comes from lse
-    delta: View | None  # rowsum(o * do) - dlse; without it a tile holds all keys
-    dlse: View | None
     gate: View | None  # tanh of a gate that is one number a row
     head_gate: View | None  # (B, Hq): of one that is one number a head
+    dlse: View | None
+    pivot: View | None  # p = 2^((s - pivot) * BASE) * inverse; without it a tile holds all keys
+    delta: View | None  # rowsum(o * do) - dlse, as there is a pivot
+    inverse: View | None  # 1 without it
+    near: View | None  # where a tile holds all keys the pivot before it is made finite, and natural if it is lse
+    share: View | None  # there, 1 / sum of 2^((s - maximum) * BASE), if it may be 1: of the only key that a row sees
     last: Any = LAST
 
 
@@ -202,8 +204,10 @@ class Constants(NamedTuple):
     GROUP: int  # query heads a key head
     BASE: float  # exponentials are 2^(s * BASE): logits are natural beside a bias, as finfo.min * log2(e) is -inf
     HIDES: bool  # some query may not see some key
+    SIFTS: bool  # an entry inside the range of its query may be hidden or changed: no tile is known to be seen whole
     FULL: bool  # no tile of keys goes past the end
     ALONE: bool  # one tile holds all keys of the softmax
+    BY_LSE: bool  # p of the backward comes from lse, without the sum of the softmax
     D: int
     DV: int
     BLOCK_D: int
