@@ -95,10 +95,13 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, splits, Hq, M, N,
     scale = head_scale(logits, shared, h)
     operands = k, v, do, sums, known, drop, M, N
     place = shared, entries, batches, split, splits, h
-    acc = dq_entries(q_tile, operands, logits, scale, place, rows, C.BLOCK_N, False, C)
-    if C.SIFTS:
+    # beside random numbers two runs do not fit everywhere
+    TRIES: tl.constexpr = C.SIFTS & ((drop is None) | ((C.BLOCK_D <= 128) & (logits.softcap is None)))
+    acc = dq_entries(q_tile, operands, logits, scale, place, rows, C.BLOCK_N, not TRIES, C)
+    if TRIES:
         if not all_finite(acc):  # perhaps because of what is hidden
-            FEW: tl.constexpr = C.BLOCK_N if C.ALONE else (16 if C.BLOCK_M < 64 or C.BLOCK_N < 32 else 32)
+            narrow: tl.constexpr = C.BLOCK_M < 64 or C.BLOCK_N < 32 or C.BLOCK_D > 128
+            FEW: tl.constexpr = C.BLOCK_N if C.ALONE else (16 if narrow else 32)
             acc = dq_entries(q_tile, operands, logits, scale, place, anew(rows, M), FEW, True, C)
     store_rows(sums.dq, split * entries + shared, h, anew(rows, M), d, M, C.D, acc * scale)
 
@@ -107,7 +110,7 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, splits, Hq, M, N,
 def dq_entries(q_tile, operands, logits, scale, place, rows, STEP: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):
     """dq without its scale, over all entries that share q; the sums for gate and scale of each are stored.
 
-    Where all tiles are sifted, hidden values are looked at only AGAIN, in the run that one of them has caused.
+    Where that is not exact without, hidden values are looked at only AGAIN, in the run that one of them has caused.
     """
     k, v, do, sums, known, drop, M, N = operands
     shared, entries, batches, split, splits, h = place
@@ -132,11 +135,11 @@ def dq_entries(q_tile, operands, logits, scale, place, rows, STEP: tl.constexpr,
                 found = dq_tile(found, tiles, operands, logits, scale, b, h, rows, key, STEP, True, False, C)
         if C.EDGE_STAGES > 0:
             # the others, on both sides; a pipeline for the last one alone would make ptxas serialise all products
-            STAGES: tl.constexpr = 1 if AGAIN or not (C.HIDES or ONE_LOOP) else None
+            STAGES: tl.constexpr = 1 if STEP < C.BLOCK_N or not (C.HIDES or ONE_LOOP) else None
             for i in tl.range(lo, hi - (last - first), STEP, num_stages=STAGES):
                 key = i + tl.where(i < first, 0, last - first)
                 cols = (key + tl.arange(0, STEP))[None, :]
-                if touches(logits.mask, b, h, rows[:, None], cols, M, N, C.SKIPS and not AGAIN, C):
+                if touches(logits.mask, b, h, rows[:, None], cols, M, N, C.SKIPS, C):
                     found = dq_tile(found, tiles, operands, logits, scale, b, h, rows, key, STEP, False, AGAIN, C)
         acc = found[0]
         at_split = split * entries * batches + b
@@ -154,7 +157,7 @@ def dq_tile(found, tiles, operands, logits, scale, b, h, rows, key,
     acc, gated, scaled = found
     q_tile, do_tile, row = tiles
     k, v, do, sums, known, drop, M, N = operands
-    EXACT: tl.constexpr = C.HIDES and not WHOLE and (AGAIN or not C.SIFTS)
+    EXACT: tl.constexpr = C.HIDES and AGAIN and not WHOLE
     hk, rows, keys = h // C.GROUP, rows[:, None], key + tl.arange(0, STEP)
     k_tile = load_rows(k, b, hk, keys, tl.arange(0, C.BLOCK_D), N, C.D, WHOLE)  # (STEP, BLOCK_D)
     v_tile = load_rows(v, b, hk, keys, tl.arange(0, C.BLOCK_DV), N, C.DV, WHOLE)  # (STEP, BLOCK_DV)
@@ -199,8 +202,9 @@ def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, 
         first, last = lo, lo
         if not (SUMS | C.SIFTS):
             first, last = whole_queries(ranges, shared, hk, pairs, tl.minimum(keys, N - 1), lo, hi, C)
-        # of what is hidden and not finite something would reach dk, if not dv; of tiles also dq
-        TRIES: tl.constexpr = C.HIDES & (SUMS | C.SIFTS) & ((sums.dq is None) | (dk is not None))
+        # of what is hidden and not finite something would reach dk, if not dv; of tiles also dq.  More does not fit
+        FITS: tl.constexpr = C.HIDES & (C.BLOCK_D <= 64) & (dk is not None) & (sums.dq is not None)
+        TRIES: tl.constexpr = FITS | (C.SIFTS & (not SUMS))
         clean = sound(tiles) if TRIES & (sums.dq is not None) else tl.full([], 1, tl.int1)
         span, gap = (lo, hi), (first, last)
         found = dkv_tiles(
@@ -208,7 +212,7 @@ def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, 
         )
         if TRIES:
             if not (clean & sound(found)):
-                FEW: tl.constexpr = 16 if C.BLOCK_N < 64 or C.BLOCK_M < 32 else 32  # as in the forward
+                FEW: tl.constexpr = 16 if C.BLOCK_N < 64 or C.BLOCK_M < 64 else 32
                 again = anew(keys, N)
                 tiles = load_lasting(k, shared, hk, again, d, N, C.D), load_lasting(v, shared, hk, again, e, N, C.DV)
                 found = dkv_init(dk, dv, C)

@@ -11,7 +11,7 @@ from crossattn_kernels.kernels.backward import Backward
 from crossattn_kernels.kernels.partials import fold
 from crossattn_kernels.kernels.scores import head_scale, key_range, logit_grad, reaches, scores, touches
 from crossattn_kernels.kernels.softmax import down, load_row, softmax_grad
-from crossattn_kernels.kernels.tiles import all_finite, at, dot, dot_in_pairs, load_rows, program, share
+from crossattn_kernels.kernels.tiles import at, dot, dot_in_pairs, load_rows, program, share
 from crossattn_kernels.kernels.views import Rows, constant, view
 
 
@@ -33,15 +33,20 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, sp
         lo, hi = key_range(logits.mask, b_out, h_out, m_first + tl.arange(0, C.BLOCK_M), M, N)
         n_first = lo // C.BLOCK_N * C.BLOCK_N
         n_steps = tl.cdiv(hi - n_first, C.BLOCK_N)
+    acc = tl.zeros([C.BLOCK_M, C.BLOCK_N], tl.float32)
     # in one loop over (b, h) or, where they are summed, over tiles, so that loads are pipelined
     begin, end = 0, batches * heads * m_steps * n_steps
     if splits > 1:  # known when the kernel is compiled, as in dq
         begin, end = share(begin, end, split, splits, 1)
-    operands = q, k, v, do, known, drop, M, N
-    walk = b_out, h_out, heads, m_first, n_first, n_steps
-    acc = tiles_grad(operands, logits, walk, begin, end, SUM_M, SUM_N, False, C)
-    if not all_finite(acc):  # perhaps because of what is hidden
-        acc = tiles_grad(operands, logits, walk, begin, end, SUM_M, SUM_N, True, C)
+    for i in tl.range(begin, end):
+        b, h, step = b_out, h_out, i
+        if not (SUM_M | SUM_N):
+            b, h, step = b_out + i // heads, h_out + i % heads, 0
+        rows = m_first + step // n_steps * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
+        keys = n_first + step % n_steps * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
+        if reaches(logits.mask, b, h, rows, keys, M, N, ONE_ROW):
+            if touches(logits.mask, b, h, rows[:, None], keys[None, :], M, N, C.SKIPS, C):
+                acc += tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, C)
     # a dimension that is summed has one entry: every row (column) of acc becomes the sum, the first is stored
     rows = (0 if SUM_M else m_first) + tl.arange(0, C.BLOCK_M)[:, None]
     keys = (0 if SUM_N else n_first) + tl.arange(0, C.BLOCK_N)[None, :]
@@ -55,29 +60,7 @@ def bias_grad_kernel(q, k, v, do, dbias, known, logits, drop, batches, heads, sp
 
 
 @triton.jit
-def tiles_grad(operands, logits, walk, begin, end,
-               SUM_M: tl.constexpr, SUM_N: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """The sum of terms begin..end - 1.
-
-    Hidden values are looked at only AGAIN, in the run that one of them has caused.
-    """
-    q, k, v, do, known, drop, M, N = operands
-    b_out, h_out, heads, m_first, n_first, n_steps = walk
-    acc = tl.zeros([C.BLOCK_M, C.BLOCK_N], tl.float32)
-    for i in tl.range(begin, end, num_stages=1 if AGAIN else None):
-        b, h, step = b_out, h_out, i
-        if not (SUM_M | SUM_N):
-            b, h, step = b_out + i // heads, h_out + i % heads, 0
-        rows = m_first + step // n_steps * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
-        keys = n_first + step % n_steps * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
-        if reaches(logits.mask, b, h, rows, keys, M, N, SUM_N & (not SUM_M)):
-            if touches(logits.mask, b, h, rows[:, None], keys[None, :], M, N, C.SKIPS, C):
-                acc += tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, AGAIN, C)
-    return acc
-
-
-@triton.jit
-def tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, AGAIN: tl.constexpr, C: tl.constexpr):
+def tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, C: tl.constexpr):
     """ds of one tile: (BLOCK_M, BLOCK_N)."""
     d, e = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
     q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
@@ -88,8 +71,8 @@ def tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, AGAIN: t
     dyv = dot_in_pairs(do_tile, v_tile.T, C.TF32)
     row, scale = down(load_row(known, b, h, rows, M, C)), head_scale(logits, b, h)
     rows, keys = rows[:, None], keys[None, :]
-    s = scores(qk, logits, scale, b, h, rows, keys, M, N, C, False, False, AGAIN)
-    _, _, ds = softmax_grad(s, dyv, row, drop, b, h, rows, keys, 1, AGAIN, C)
+    s = scores(qk, logits, scale, b, h, rows, keys, M, N, C)
+    _, _, ds = softmax_grad(s, dyv, row, drop, b, h, rows, keys, 1, C.HIDES, C)
     return logit_grad(ds, logits, b, h, rows, M)
 
 

@@ -20,8 +20,6 @@ from crossattn_kernels.kernels.scores import (
 )
 from crossattn_kernels.kernels.softmax import across, indices, load_row, softmax_grad, weighed
 from crossattn_kernels.kernels.tiles import (
-    all_finite,
-    anew,
     dot,
     dot_in_pairs,
     finite,
@@ -46,52 +44,19 @@ def short_queries_kernel(q, k, v, do, dk, dv, sums, known, logits, drop, splits,
     q_tile = load_lasting(q, b, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
     do_tile = load_lasting(do, b, h, rows, e, M, C.DV)  # (BLOCK_M, BLOCK_DV)
     row = across(load_row(known, b, h, rows, M, C))
-    tiles = q_tile, do_tile, row
-    operands = k, v, dk, dv, sums, drop, N
-    lo, hi = share(0, N, split, splits, C.BLOCK_N)
-    place = b, hk, h, rows, M
-    # of keys that are hidden and not finite something would reach dq
-    found = stream_keys(tiles, operands, logits, place, scale, lo, hi, C.BLOCK_N, False, C)
-    if C.HIDES:
-        if not all_finite(found[0]):
-            FEW: tl.constexpr = 64 if C.BLOCK_N >= 64 and not C.ALONE else C.BLOCK_N
-            again = anew(rows, M)
-            q_tile, do_tile = load_lasting(q, b, h, again, d, M, C.D), load_lasting(do, b, h, again, e, M, C.DV)
-            tiles, place = (q_tile, do_tile, row), (b, hk, h, again, M)
-            found = stream_keys(tiles, operands, logits, place, scale, lo, hi, FEW, True, C)
-    at_split, rows = split * B + b, anew(rows, M)
-    store_rows(sums.dq, at_split, h, rows, d, M, C.D, found[0].T)
-    if sums.gate is not None:
-        store_vec(sums.gate, at_split, h, rows, M, found[1])
-    if sums.scale is not None:
-        store_scale_sums(sums.scale, at_split, h, rows, M, found[2])
-
-
-@triton.jit
-def stream_keys(
-    tiles, operands, logits, place, scale, lo, hi, STEP: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr
-):
-    """(dqᵀ, sum for the gate, sums for the scale) of keys lo..hi - 1, whose dk and dv are stored.
-
-    Hidden values are looked at only AGAIN, in the run that one of them has caused.
-    """
-    q_tile, do_tile, row = tiles
-    k, v, dk, dv, sums, drop, N = operands
-    b, hk, h, rows, M = place
-    d, e = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
-    heads = h if len(h.shape) == 0 else h[None, :]
     dq_acc = tl.zeros([C.BLOCK_D, C.BLOCK_M], tl.float32)
     gate_sum = tl.zeros([C.BLOCK_M], tl.float32)
     scale_sum = gate_sum, gate_sum, gate_sum
-    for first in tl.range(lo, hi, STEP, num_stages=1 if AGAIN else None):
-        keys = first + tl.arange(0, STEP)
-        k_tile = load_rows(k, b, hk, keys, d, N, C.D)  # (STEP, BLOCK_D)
-        v_tile = load_rows(v, b, hk, keys, e, N, C.DV)  # (STEP, BLOCK_DV)
-        kq = dot(k_tile, q_tile.T, None, C.TF32)  # (STEP, BLOCK_M)
+    lo, hi = share(0, N, split, splits, C.BLOCK_N)
+    for first in tl.range(lo, hi, C.BLOCK_N):
+        keys = first + tl.arange(0, C.BLOCK_N)
+        k_tile = load_rows(k, b, hk, keys, d, N, C.D)  # (BLOCK_N, BLOCK_D)
+        v_tile = load_rows(v, b, hk, keys, e, N, C.DV)  # (BLOCK_N, BLOCK_DV)
+        kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, BLOCK_M)
         vdy = dot_in_pairs(v_tile, do_tile.T, C.TF32)
-        s = scores(kq, logits, scale, b, heads, rows[None, :], keys[:, None], M, N, C, False, False, AGAIN)
-        drawn = indices(first, drop, STEP)[:, None]
-        p, pv, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], drawn, 0, AGAIN, C)
+        s = scores(kq, logits, scale, b, heads, rows[None, :], keys[:, None], M, N, C)
+        drawn = indices(first, drop, C.BLOCK_N)[:, None]
+        p, pv, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], drawn, 0, C.HIDES, C)
         if sums.gate is not None:
             gate_sum += weighed(pv, vdy, 0)
         if sums.scale is not None:
@@ -100,9 +65,14 @@ def stream_keys(
         ds = (ds * scale).to(k_tile.dtype)
         store_rows(dv, b, hk, keys, e, N, C.DV, dot((pv * row.gate).to(do_tile.dtype), do_tile, None, C.TF32))
         store_rows(dk, b, hk, keys, d, N, C.D, dot(ds, q_tile, None, C.TF32))
-        k_tile = finite(k_tile) if AGAIN else k_tile
+        k_tile = finite(k_tile) if C.HIDES else k_tile
         dq_acc = dot(k_tile.T, ds, dq_acc, C.TF32)
-    return dq_acc, gate_sum, scale_sum
+    at_split = split * B + b
+    store_rows(sums.dq, at_split, h, rows, d, M, C.D, dq_acc.T)
+    if sums.gate is not None:
+        store_vec(sums.gate, at_split, h, rows, M, gate_sum)
+    if sums.scale is not None:
+        store_scale_sums(sums.scale, at_split, h, rows, M, scale_sum)
 
 
 def short_queries(backward: Backward) -> Gradients:
