@@ -1,4 +1,4 @@
-"""Backward: dq by tiles of queries, dk and dv by tiles of keys, or all three by keys where one tile holds them all.
+"""Backward: delta, and what the kernels of dq, dk and dv share: what they are given, their launches, their sums.
 
 p is made again; partial sums of several programs are fp32 and added in order.
 """
@@ -14,36 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossattn_kernels.kernels.bounds import among_pairs, key_bounds, pair, query_range, tile_ranges, whole_queries
-from crossattn_kernels.kernels.launch import Launcher
+from crossattn_kernels.kernels.bounds import key_bounds, tile_ranges
+from crossattn_kernels.kernels.dkv import dkv_kernel
+from crossattn_kernels.kernels.dq import dq_kernel
+from crossattn_kernels.kernels.launch import Launcher, holds_all_keys
 from crossattn_kernels.kernels.partials import by_sequence, fold
-from crossattn_kernels.kernels.scores import (
-    head_scale,
-    key_range,
-    logit_grad,
-    own_scale,
-    scale_sums,
-    scores,
-    store_scale_sums,
-    through_softcap,
-    touches,
-    whole_range,
-)
-from crossattn_kernels.kernels.softmax import LOG2E, LOWEST, across, down, indices, load_row, softmax_grad, weighed
-from crossattn_kernels.kernels.tiles import (
-    all_finite,
-    anew,
-    dot,
-    dot_in_pairs,
-    finite,
-    load_lasting,
-    load_rows,
-    load_vec,
-    program,
-    share,
-    store_rows,
-    store_vec,
-)
+from crossattn_kernels.kernels.softmax import LOG2E, LOWEST
+from crossattn_kernels.kernels.tiles import load_rows, load_vec, program, store_vec
 from crossattn_kernels.kernels.views import (
     QuerySums,
     Rows,
@@ -80,233 +57,6 @@ def delta_kernel(o, do, lse, high, dlse, pivot, delta, Hq, M, C: tl.constexpr):
     store_vec(pivot, b, h, rows, M, tl.maximum(known, LOWEST, propagate_nan=tl.PropagateNan.ALL))
 
 
-@triton.jit
-def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, splits, Hq, M, N, C: tl.constexpr):
-    """The sums over keys for BLOCK_M queries of one (b, h); for dq also over the `batches` that share q.
-
-    With several splits a program takes its share of the keys, and stores partial sums.
-    """
-    tile, rest, h = program(tl.cdiv(M, C.BLOCK_M), Hq)
-    split, shared = rest % splits, rest // splits
-    entries = tl.num_programs(0) // (tl.cdiv(M, C.BLOCK_M) * Hq * splits)
-    rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
-    d = tl.arange(0, C.BLOCK_D)
-    q_tile = load_lasting(q, shared, h, rows, d, M, C.D)  # (BLOCK_M, BLOCK_D)
-    scale = head_scale(logits, shared, h)
-    operands = k, v, do, sums, known, drop, M, N
-    place = shared, entries, batches, split, splits, h
-    # beside random numbers two runs do not fit everywhere
-    TRIES: tl.constexpr = C.SIFTS & ((drop is None) | ((C.BLOCK_D <= 128) & (logits.softcap is None)))
-    acc = dq_entries(q_tile, operands, logits, scale, place, rows, C.BLOCK_N, not TRIES, C)
-    if TRIES:
-        if not all_finite(acc):  # perhaps because of what is hidden
-            narrow: tl.constexpr = C.BLOCK_M < 64 or C.BLOCK_N < 32 or C.BLOCK_D > 128
-            FEW: tl.constexpr = C.BLOCK_N if C.ALONE else (16 if narrow else 32)
-            acc = dq_entries(q_tile, operands, logits, scale, place, anew(rows, M), FEW, True, C)
-    store_rows(sums.dq, split * entries + shared, h, anew(rows, M), d, M, C.D, acc * scale)
-
-
-@triton.jit
-def dq_entries(q_tile, operands, logits, scale, place, rows, STEP: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):
-    """dq without its scale, over all entries that share q; the sums for gate and scale of each are stored.
-
-    Where that is not exact without, hidden values are looked at only AGAIN, in the run that one of them has caused.
-    """
-    k, v, do, sums, known, drop, M, N = operands
-    shared, entries, batches, split, splits, h = place
-    acc = tl.zeros([C.BLOCK_M, C.BLOCK_D], tl.float32)
-    # at D = 256 a second loop does not fit the registers, and the end of the keys is but one selection an entry
-    ONE_LOOP: tl.constexpr = (C.EDGE_STAGES > 0) & (C.BLOCK_D > 128) & (not C.HIDES)
-    for entry in tl.range(0, batches):
-        b = shared + entry
-        do_tile = load_lasting(do, b, h, rows, tl.arange(0, C.BLOCK_DV), M, C.DV)  # (BLOCK_M, BLOCK_DV)
-        tiles = q_tile, do_tile, down(load_row(known, b, h, rows, M, C))
-        none = tl.zeros([C.BLOCK_M], tl.float32)
-        found = acc, none, (none, none, none)
-        lo, hi = key_range(logits.mask, b, h, rows, M, N)
-        lo = lo // C.BLOCK_N * C.BLOCK_N
-        if splits > 1:  # 1 is known when the kernel is compiled, and then so is lo where nothing is masked
-            lo, hi = share(lo, hi, split, splits, C.BLOCK_N)
-        first, last = whole_range(logits, b, h, rows, lo, hi, M, N, C)
-        if ONE_LOOP:
-            first, last = lo, lo
-        elif not C.SIFTS:
-            for key in tl.range(first, last, C.BLOCK_N):
-                found = dq_tile(found, tiles, operands, logits, scale, b, h, rows, key, STEP, True, False, C)
-        if C.EDGE_STAGES > 0:
-            # the others, on both sides; a pipeline for the last one alone would make ptxas serialise all products
-            STAGES: tl.constexpr = 1 if STEP < C.BLOCK_N or not (C.HIDES or ONE_LOOP) else None
-            for i in tl.range(lo, hi - (last - first), STEP, num_stages=STAGES):
-                key = i + tl.where(i < first, 0, last - first)
-                cols = (key + tl.arange(0, STEP))[None, :]
-                if touches(logits.mask, b, h, rows[:, None], cols, M, N, C.SKIPS, C):
-                    found = dq_tile(found, tiles, operands, logits, scale, b, h, rows, key, STEP, False, AGAIN, C)
-        acc = found[0]
-        at_split = split * entries * batches + b
-        if sums.gate is not None:
-            store_vec(sums.gate, at_split, h, rows, M, found[1])
-        if sums.scale is not None:
-            store_scale_sums(sums.scale, at_split, h, rows, M, found[2])
-    return acc
-
-
-@triton.jit
-def dq_tile(found, tiles, operands, logits, scale, b, h, rows, key,
-            STEP: tl.constexpr, WHOLE: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """(dq without its scale, sum for the gate, sums for the scale) with one tile of keys folded in."""
-    acc, gated, scaled = found
-    q_tile, do_tile, row = tiles
-    k, v, do, sums, known, drop, M, N = operands
-    EXACT: tl.constexpr = C.HIDES and AGAIN and not WHOLE
-    hk, rows, keys = h // C.GROUP, rows[:, None], key + tl.arange(0, STEP)
-    k_tile = load_rows(k, b, hk, keys, tl.arange(0, C.BLOCK_D), N, C.D, WHOLE)  # (STEP, BLOCK_D)
-    v_tile = load_rows(v, b, hk, keys, tl.arange(0, C.BLOCK_DV), N, C.DV, WHOLE)  # (STEP, BLOCK_DV)
-    qk = dot(q_tile, k_tile.T, None, C.TF32)  # (BLOCK_M, STEP)
-    dyv = dot_in_pairs(do_tile, v_tile.T, C.TF32)
-    s = scores(qk, logits, scale, b, h, rows, keys[None, :], M, N, C, WHOLE, False, EXACT)
-    drawn = indices(key, drop, STEP)[None, :]
-    p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows, drawn, 1, EXACT, C)
-    if sums.gate is not None:
-        gated += weighed(pv, dyv, 1)
-    if sums.scale is not None:
-        scaled = scale_sums(scaled, p, ds, qk, logits, scale, b, h, rows, M, 1)
-    ds = through_softcap(logit_grad(ds, logits, b, h, rows, M), qk, logits, scale)
-    k_tile = finite(k_tile) if EXACT else k_tile
-    return dot(ds.to(k_tile.dtype), k_tile, acc, C.TF32), gated, scaled
-
-
-@triton.jit
-def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, splits, Hq, M, N, C: tl.constexpr):
-    """dv = pᵀ do and dk = scale * dsᵀ q for BLOCK_N keys of one (b, key head).
-
-    If these are all keys, what is summed over them can be had as well.  dk and dv are summed over the GROUP query heads
-    and the `batches` that share the keys; with several splits a program takes its share of the queries and stores
-    partial sums.  sᵀ = k qᵀ is computed as such: no product takes a transposed accumulator.  dk or dv may be absent.
-    """
-    tile, rest, hk = program(tl.cdiv(N, C.BLOCK_N), Hq // C.GROUP)
-    split, shared = rest % splits, rest // splits
-    keys = tile * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
-    d, e = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
-    tiles = load_lasting(k, shared, hk, keys, d, N, C.D), load_lasting(v, shared, hk, keys, e, N, C.DV)
-    pairs = batches * C.GROUP  # (b, h) that read these keys
-    readers = shared, hk, pairs
-    lo, hi = query_range(ranges, shared, hk, pairs, keys, M, C)
-    lo, hi = share(lo, hi, split, splits, C.BLOCK_M)
-    operands = q, do, sums, known, drop, M, N
-    found = dkv_init(dk, dv, C)
-    # a key past the end has rows of its own, which are not stored: it is hidden from sums over the keys only
-    SUMS: tl.constexpr = C.ALONE | (sums.dq is not None)
-    EDGES: tl.constexpr = (C.EDGE_STAGES > 0) & (C.HIDES | SUMS)
-    first, last = lo, hi  # queries that see all of these keys
-    if EDGES:
-        first, last = lo, lo
-        if not (SUMS | C.SIFTS):
-            first, last = whole_queries(ranges, shared, hk, pairs, tl.minimum(keys, N - 1), lo, hi, C)
-        # of what is hidden and not finite something would reach dk, if not dv; of tiles also dq.  More does not fit
-        FITS: tl.constexpr = C.HIDES & (C.BLOCK_D <= 64) & (dk is not None) & (sums.dq is not None)
-        TRIES: tl.constexpr = FITS | (C.SIFTS & (not SUMS))
-        clean = sound(tiles) if TRIES & (sums.dq is not None) else tl.full([], 1, tl.int1)
-        span, gap = (lo, hi), (first, last)
-        found = dkv_tiles(
-            found, tiles, operands, logits, ranges, readers, keys, span, gap, C.BLOCK_M, False, not TRIES, C
-        )
-        if TRIES:
-            if not (clean & sound(found)):
-                FEW: tl.constexpr = 16 if C.BLOCK_N < 64 or C.BLOCK_M < 64 else 32
-                again = anew(keys, N)
-                tiles = load_lasting(k, shared, hk, again, d, N, C.D), load_lasting(v, shared, hk, again, e, N, C.DV)
-                found = dkv_init(dk, dv, C)
-                found = dkv_tiles(
-                    found, tiles, operands, logits, ranges, readers, again, span, gap, FEW, False, True, C
-                )
-    if not (EDGES & (SUMS | C.SIFTS)):
-        span, gap = (first, last), (first, first)
-        found = dkv_tiles(found, tiles, operands, logits, ranges, readers, keys, span, gap, C.BLOCK_M, True, False, C)
-    entries = tl.num_programs(0) // (tl.cdiv(N, C.BLOCK_N) * (Hq // C.GROUP) * splits)
-    keys = anew(keys, N)
-    if dk is not None:
-        store_rows(dk, split * entries + shared, hk, keys, d, N, C.D, found[0] * logits.scale)
-    if dv is not None:
-        store_rows(dv, split * entries + shared, hk, keys, e, N, C.DV, found[1])
-
-
-@triton.jit
-def dkv_init(dk, dv, C: tl.constexpr):
-    """(dk, dv), of one column where there is no sum."""
-    return (
-        tl.zeros([C.BLOCK_N, C.BLOCK_D if dk is not None else 1], tl.float32),
-        tl.zeros([C.BLOCK_N, C.BLOCK_DV if dv is not None else 1], tl.float32),
-    )
-
-
-@triton.jit
-def sound(pair):
-    """Whether two tiles are finite: a scalar."""
-    return all_finite(pair[0]) & all_finite(pair[1])
-
-
-@triton.jit
-def dkv_tiles(found, tiles, operands, logits, ranges, readers, keys, span, gap,
-              STEP: tl.constexpr, WHOLE: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """(dk, dv) with the queries of all readers folded in that lie in `span` and not in `gap`, both [first, last).
-
-    Where that is not exact without, hidden values are looked at only AGAIN, in the run that one of them has caused.
-    """
-    q, do, sums, known, drop, M, N = operands
-    shared, hk, pairs = readers
-    # one loop over all readers and their queries, in which ptxas would serialise products that make dq too
-    outer, inner = (pairs, 1) if C.ALONE | (sums.dq is not None) else (1, pairs)
-    turns = tl.cdiv(span[1] - span[0] - (gap[1] - gap[0]), STEP) * inner
-    STAGES: tl.constexpr = 1 if STEP < C.BLOCK_M else None
-    for j in tl.range(0, outer):
-        for i in tl.range(0, turns, num_stages=STAGES):
-            b, h = pair(j + i % inner, shared, hk, C)
-            query = span[0] + i // inner * STEP
-            query += tl.where(query < gap[0], 0, gap[1] - gap[0])
-            rows = (query + tl.arange(0, STEP))[None, :]
-            if WHOLE or among_pairs(ranges, b, h, query, keys, C):
-                if WHOLE or touches(logits.mask, b, h, rows, keys[:, None], M, N, sums.dq is None, C):
-                    found = dkv_tile(found, tiles, operands, logits, b, h, query, keys, STEP, WHOLE, AGAIN, C)
-    return found
-
-
-@triton.jit
-def dkv_tile(found, tiles, operands, logits, b, h, query, keys,
-             STEP: tl.constexpr, WHOLE: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """(dk, dv) with one tile of queries folded in, whose sums over the keys are stored."""
-    dk_acc, dv_acc = found
-    k_tile, v_tile = tiles
-    q, do, sums, known, drop, M, N = operands
-    EXACT: tl.constexpr = C.HIDES and AGAIN
-    rows, keys = query + tl.arange(0, STEP), keys[:, None]
-    d, scale = tl.arange(0, C.BLOCK_D), head_scale(logits, b, h)
-    q_tile = load_rows(q, b, h, rows, d, M, C.D)  # (STEP, BLOCK_D)
-    do_tile = load_rows(do, b, h, rows, tl.arange(0, C.BLOCK_DV), M, C.DV)  # (STEP, BLOCK_DV)
-    kq = dot(k_tile, q_tile.T, None, C.TF32)  # (BLOCK_N, STEP)
-    vdy = dot_in_pairs(v_tile, do_tile.T, C.TF32)
-    row = across(load_row(known, b, h, rows, M, C))  # not before the products, where it would take their registers
-    s = scores(kq, logits, scale, b, h, rows[None, :], keys, M, N, C, WHOLE, False, EXACT)
-    drawn = indices(query, drop, STEP)[None, :]
-    p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, drawn, keys, 0, EXACT, C)
-    if sums.scale is not None:
-        no = tl.zeros([STEP], tl.float32)
-        scaled = scale_sums((no, no, no), p, ds, kq, logits, scale, b, h, rows[None, :], M, 0)
-        store_scale_sums(sums.scale, b, h, rows, M, scaled)
-    ds = through_softcap(logit_grad(ds, logits, b, h, rows[None, :], M), kq, logits, scale)
-    ds *= own_scale(logits, b, h)  # and those of all heads are multiplied as sums
-    if sums.dq is not None:
-        if sums.gate is not None:
-            store_vec(sums.gate, b, h, rows, M, weighed(pv, vdy, 0))
-        finite_k = finite(k_tile) if EXACT else k_tile
-        dq = dot(finite_k.T, ds.to(k_tile.dtype), None, C.TF32)  # (BLOCK_D, STEP)
-        store_rows(sums.dq, b, h, rows, d, M, C.D, (dq * logits.scale).T)
-    if dv_acc.shape[1] > 1:
-        dv_acc = dot((pv * row.gate).to(do_tile.dtype), do_tile, dv_acc, C.TF32)
-    if dk_acc.shape[1] > 1:
-        dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc, C.TF32)
-    return dk_acc, dv_acc
-
-
 class Backward:
     """One backward, of a problem that is not empty: what its kernels share, and their launches."""
 
@@ -336,6 +86,11 @@ class Backward:
     def gate(self) -> Tensor:
         assert self.x.gate is not None
         return torch.tanh(self.x.gate.float())
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """1 / sum of the exponentials of a row."""
+        return self.state[:, 1]
 
     @cached_property
     def pivot_and_delta(self) -> tuple[Tensor, Tensor]:
@@ -369,13 +124,13 @@ class Backward:
 
     def known(self, config: Config) -> tuple[Tensor | None, ...]:
         """What a kernel with these tiles learns of every query: the fields of Rows from dlse on."""
-        by_lse, problem = self.launch.problem.by_lse, self.launch.problem
-        inverse = self.state[:, 1]
-        if problem.N > config.BLOCK_N or problem.chunk:
-            return self.dlse, *self.pivot_and_delta, None if by_lse else inverse, None, None
-        near = self.lse if by_lse else self.state[:, 0]
-        lone = problem.N == 1 or problem.masked or problem.biased
-        return self.dlse, None, None, None if by_lse else inverse, near, inverse if lone else None
+        problem = self.launch.problem
+        inverse = None if problem.by_lse else self.inverse
+        if not holds_all_keys(config, problem):
+            return self.dlse, *self.pivot_and_delta, inverse, None, None
+        near = self.lse if problem.by_lse else self.state[:, 0]
+        share = self.inverse if problem.N == 1 or problem.masked or problem.biased else None
+        return self.dlse, None, None, inverse, near, share
 
     def by_queries(self) -> dict[str, Tensor | None]:
         (B, Hq, M, N), config, entries = self.x.sizes, self.launch.plan.dq, self.x.q.shape[0]

@@ -136,7 +136,7 @@ class Launcher:
             HIDES=p.masked or p.biased,
             SIFTS=p.sifts,
             FULL=p.N % config.BLOCK_N == 0,
-            ALONE=p.N <= config.BLOCK_N and not p.chunk,
+            ALONE=holds_all_keys(config, p),
             BY_LSE=p.by_lse,
             D=p.D,
             DV=p.Dv,
@@ -151,6 +151,11 @@ class Launcher:
             TMA=config.descriptors,
         )
         return Constants(*map(constant, values))
+
+
+def holds_all_keys(config: Config, problem: Problem) -> bool:
+    """Whether one tile holds all keys of the softmax."""
+    return problem.N <= config.BLOCK_N and not problem.chunk
 
 
 def binder(template: Any, tensors: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
