@@ -24,11 +24,11 @@ HIDING = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", HIDING)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_hidden_key_does_not_leak(backend, name, bad):
+@pytest.mark.parametrize(("bad", "softcap"), [(math.nan, None), (math.inf, None), (math.nan, 2.0)])
+def test_a_hidden_key_does_not_leak(backend, name, bad, softcap):
     """NaN in one key: queries that do not see it have the results and gradients they have with 0 in its place."""
     mask, key = HIDING[name](SMALL.M, SMALL.N), 10
-    call = draw(SMALL)._replace(mask=mask)
+    call = draw(replace(SMALL, softcap=softcap))._replace(mask=mask)
     sees = mask.as_dense(SMALL.B, SMALL.Hq, SMALL.M, SMALL.N)[..., key]  # (B, Hq, M)
     # a loss that leaves out the queries that see the key
     call = call._replace(dy=call.dy.masked_fill(sees[..., None], 0), dlse=call.dlse.masked_fill(sees, 0))
@@ -209,6 +209,19 @@ def test_a_finite_bias_is_no_mask(backend, N):
     assert_within_budget(compare(results(backend), results("reference", torch.float64), results("reference")))
 
 
+@pytest.mark.parametrize("backend", ["torch", "two-pass", "short keys", "short queries"])
+def test_a_bias_that_hides_beside_one_that_as_good_as_hides(backend):
+    """Rows of -inf, of finfo.min, of both, and of both beside what is seen: only -inf leaves no probability."""
+    call = draw(replace(SMALL, M=15, N=30))
+    bias = torch.where(torch.arange(30) % 3 == 0, -math.inf, torch.finfo(torch.float32).min).repeat(15, 1)
+    bias[0:4], bias[4:8], bias[12:, 7:] = -math.inf, torch.finfo(torch.float32).min, 0.0
+    call = call._replace(options={"bias": bias}, dlse=torch.zeros_like(call.dlse))
+    oracle, yardstick = (run(call, "reference", dtype) for dtype in (torch.float64, None))
+    with tuning.force(backward_schedule="two-pass" if backend == "torch" else backend):
+        found = run(call, "torch" if backend == "torch" else "triton")
+    assert_within_budget(compare(found, oracle, yardstick))
+
+
 @pytest.mark.parametrize("size", [16, 32, 64])
 @pytest.mark.parametrize("name", ["zero", "uniform", "attend_all"])
 def test_empty_rows_do_not_depend_on_their_tile(name, size):
@@ -249,7 +262,7 @@ def test_what_nobody_sees_reaches_no_gradient(wanted, bad, value):
     An infinity does not show in every sum: q and k are positive, so that products are -inf where k is.
     """
     wanted, _, schedule = wanted.partition(": ")
-    M, N, key, row = 15, 30, 10, torch.arange(15) == 4
+    M, N, key, row = 16, 30, 10, torch.arange(16) == 4  # a query past the end, of zeros, would show any infinity
     seen = torch.rand(M, N, generator=torch.Generator().manual_seed(0)) > 0.3
     seen[row], seen[:, key] = False, False
     call = draw(replace(SMALL, M=M, N=N))._replace(mask=Mask.groups(seen))
@@ -272,3 +285,18 @@ def test_what_nobody_sees_reaches_no_gradient(wanted, bad, value):
     with tuning.force(backward_schedule=schedule or "two-pass"):
         found = gradients(dirty, "triton")
     assert_within_budget(compare(found, gradients(clean, "reference", torch.float64), gradients(clean, "reference")))
+
+
+@pytest.mark.parametrize("schedule", ["two-pass", "short keys", "short queries"])
+def test_a_nan_that_is_seen_reaches_no_key_of_others(schedule):
+    """One tile holds all keys: those of another segment, in the rows of which all p are NaN, have gradients."""
+    mask = Mask.packed(torch.tensor([0, 6, 15]), torch.tensor([0, 14, 30]))
+    call = draw(replace(SMALL, M=15, N=30))._replace(mask=mask)
+    with tuning.force(backward_schedule=schedule):
+        clean = run(call, "triton")
+        k = call.tensors["k"].clone()
+        k[:, :, 3] = math.nan
+        dirty = run(call._replace(tensors=call.tensors | {"k": k}), "triton")
+    for name, others in dict(dq=slice(6, None), dk=slice(14, None), dv=slice(14, None)).items():
+        assert torch.equal(dirty[name][:, :, others], clean[name][:, :, others]), name
+        assert dirty[name].isnan().any()

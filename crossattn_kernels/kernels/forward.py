@@ -81,7 +81,7 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
             cols = (key + tl.arange(0, C.BLOCK_N))[None, :]
             if touches(logits.mask, b, column(h), rows[:, None], cols, M, N, C.SKIPS, C):
                 state = any_tile(
-                    state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C.BLOCK_N, False, C
+                    state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C.BLOCK_N, not C.SIFTS, C
                 )
     if C.SIFTS:
         if not all_finite(state.acc):  # perhaps because of what is hidden
@@ -91,7 +91,6 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
             state, rows = softmax_init(C.BLOCK_M, C.BLOCK_DV), anew(rows, M)
             for key in tl.range(lo, hi, FEW, num_stages=1):
                 state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, FEW, True, C)
-    rows = anew(rows, M)
     if partial is None:
         store_result(result, state, b, h, rows, M, C)
     else:
@@ -127,15 +126,14 @@ def whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first,
 
 @triton.jit
 def any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N,
-             STEP: tl.constexpr, AGAIN: tl.constexpr, C: tl.constexpr):  # fmt: skip
+             STEP: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Fold in STEP keys, whatever is hidden among them.
 
-    Where all tiles are sifted, hidden values are looked at only AGAIN, in the run that one of them has caused.
+    EXACT: hidden values are looked at, and reach nothing; without, they do if they are not finite.
     """
     heads, rows, cols = column(h), rows[:, None], (key + tl.arange(0, STEP))[None, :]
     qk = dot(q_tile, key_tile(k, b, hk, key, N, C.D, C.BLOCK_D, False, STEP, C).T, None, C.TF32)
     v_tile = key_tile(v, b, hk, key, N, C.DV, C.BLOCK_DV, False, STEP, C)  # (STEP, BLOCK_DV)
-    EXACT: tl.constexpr = AGAIN or not C.SIFTS
     s = scores(qk, logits, column(scale), b, heads, rows, cols, M, N, C, False, True, EXACT)  # (BLOCK_M, STEP)
     if C.HIDES and EXACT:
         s, v_tile = quarantine(s, v_tile)

@@ -74,8 +74,9 @@ def hide(s, logits, b, h, rows, keys, M, N, EXACT: tl.constexpr, C: tl.constexpr
         exists = (rows < M) & exist(keys, N, C)
         outside: tl.constexpr = float("-inf") if EXACT else 0.0  # which costs nothing
         bias = tl.load(at(logits.bias, (b, h, rows, keys)), mask=exists, other=outside).to(tl.float32)
-        # which changes nothing that is seen, but has Triton copy the bias of keys down a tile while others are computed
-        s += tl.maximum(bias, LOWEST, propagate_nan=tl.PropagateNan.ALL) if keys.shape[1] == 1 else bias
+        # one of infinity, which makes its row NaN anyway, becomes finite: so Triton copies the bias of keys down a tile
+        # while others are computed
+        s += tl.minimum(bias, -LOWEST, propagate_nan=tl.PropagateNan.ALL) if keys.shape[1] == 1 else bias
         if EXACT:
             seen = seen & (bias != float("-inf"))
     if logits.mask.UNIFORM:
@@ -108,10 +109,10 @@ def logit_grad(ds, logits, b, h, rows, M):
 
 @triton.jit
 def through_softcap(ds, qk, logits, scale):
-    """Gradient of scale * qk from the gradient of the capped logit."""
+    """Gradient of scale * qk from the gradient of the capped logit; where that is 0, so is this, even if qk is NaN."""
     if logits.softcap is not None:
         t = tanh(qk * (scale / logits.softcap))
-        ds *= 1.0 - t * t
+        ds = tl.where(ds == 0.0, 0.0, ds * (1.0 - t * t))
     return ds
 
 
