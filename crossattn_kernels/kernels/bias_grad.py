@@ -72,7 +72,7 @@ def tile_grad(q, k, v, do, known, logits, drop, b, h, rows, keys, M, N, C: tl.co
     row, scale = down(load_row(known, b, h, rows, M, C)), head_scale(logits, b, h)
     rows, keys = rows[:, None], keys[None, :]
     s = scores(qk, logits, scale, b, h, rows, keys, M, N, C)
-    _, _, ds = softmax_grad(s, dyv, row, drop, b, h, rows, keys, 1, C.HIDES, C)
+    _, _, ds, _ = softmax_grad(s, dyv, row, drop, b, h, rows, keys, 1, C.HIDES, C)
     return logit_grad(ds, logits, b, h, rows, M)
 
 

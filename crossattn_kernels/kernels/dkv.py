@@ -14,7 +14,7 @@ from crossattn_kernels.kernels.scores import (
     through_softcap,
     touches,
 )
-from crossattn_kernels.kernels.softmax import across, indices, load_row, softmax_grad, weighed
+from crossattn_kernels.kernels.softmax import across, indices, load_row, softmax_grad
 from crossattn_kernels.kernels.tiles import (
     all_finite,
     anew,
@@ -141,16 +141,16 @@ def dkv_tile(found, tiles, operands, logits, b, h, query, keys,
     row = across(load_row(known, b, h, rows, M, C))  # not before the products, where it would take their registers
     s = scores(kq, logits, scale, b, h, rows[None, :], keys, M, N, C, WHOLE, False, EXACT)
     drawn = indices(query, drop, STEP)[None, :]
-    p, pv, ds = softmax_grad(s, vdy, row, drop, b, h, drawn, keys, 0, EXACT, C)
+    p, pv, ds, gated = softmax_grad(s, vdy, row, drop, b, h, drawn, keys, 0, EXACT, C)
     if sums.scale is not None:
         no = tl.zeros([STEP], tl.float32)
-        scaled = scale_sums((no, no, no), p, ds, kq, logits, scale, b, h, rows[None, :], M, 0)
+        scaled = scale_sums((no, no, no), p, ds, kq, logits, scale, b, h, rows[None, :], M, 0, EXACT)
         store_scale_sums(sums.scale, b, h, rows, M, scaled)
     ds = through_softcap(logit_grad(ds, logits, b, h, rows[None, :], M), kq, logits, scale)
     ds *= own_scale(logits, b, h)  # and those of all heads are multiplied as sums
     if sums.dq is not None:
         if sums.gate is not None:
-            store_vec(sums.gate, b, h, rows, M, weighed(pv, vdy, 0))
+            store_vec(sums.gate, b, h, rows, M, gated)
         finite_k = finite(k_tile) if EXACT else k_tile
         dq = dot(finite_k.T, ds.to(k_tile.dtype), None, C.TF32)  # (BLOCK_D, STEP)
         store_rows(sums.dq, b, h, rows, d, M, C.D, (dq * logits.scale).T)

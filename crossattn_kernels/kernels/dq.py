@@ -14,7 +14,7 @@ from crossattn_kernels.kernels.scores import (
     touches,
     whole_range,
 )
-from crossattn_kernels.kernels.softmax import down, indices, load_row, softmax_grad, weighed
+from crossattn_kernels.kernels.softmax import down, indices, load_row, softmax_grad
 from crossattn_kernels.kernels.tiles import (
     all_finite,
     anew,
@@ -104,7 +104,7 @@ def dq_entries(q_tile, operands, logits, scale, place, rows, STEP: tl.constexpr,
 def dq_tile(found, tiles, operands, logits, scale, b, h, rows, key,
             STEP: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """(dq without its scale, sum for the gate, sums for the scale) with one tile of keys folded in."""
-    acc, gated, scaled = found
+    acc, gated_sum, scaled = found
     q_tile, do_tile, row = tiles
     k, v, do, sums, known, drop, M, N = operands
     hk, rows, keys = h // C.GROUP, rows[:, None], key + tl.arange(0, STEP)
@@ -114,11 +114,11 @@ def dq_tile(found, tiles, operands, logits, scale, b, h, rows, key,
     dyv = dot_in_pairs(do_tile, v_tile.T, C.TF32)
     s = scores(qk, logits, scale, b, h, rows, keys[None, :], M, N, C, WHOLE, False, EXACT)
     drawn = indices(key, drop, STEP)[None, :]
-    p, pv, ds = softmax_grad(s, dyv, row, drop, b, h, rows, drawn, 1, EXACT, C)
+    p, _, ds, gated = softmax_grad(s, dyv, row, drop, b, h, rows, drawn, 1, EXACT, C)
     if sums.gate is not None:
-        gated += weighed(pv, dyv, 1)
+        gated_sum += gated
     if sums.scale is not None:
-        scaled = scale_sums(scaled, p, ds, qk, logits, scale, b, h, rows, M, 1)
+        scaled = scale_sums(scaled, p, ds, qk, logits, scale, b, h, rows, M, 1, EXACT)
     ds = through_softcap(logit_grad(ds, logits, b, h, rows, M), qk, logits, scale)
     k_tile = finite(k_tile) if EXACT else k_tile
-    return dot(ds.to(k_tile.dtype), k_tile, acc, C.TF32), gated, scaled
+    return dot(ds.to(k_tile.dtype), k_tile, acc, C.TF32), gated_sum, scaled

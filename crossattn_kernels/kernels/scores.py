@@ -9,6 +9,7 @@ import triton.language as tl
 
 from crossattn_kernels.kernels.softmax import LOG2E, LOWEST, tanh, weighed
 from crossattn_kernels.kernels.tiles import at, column, load_vec
+from crossattn_kernels.kernels.views import INTERPRETED
 
 TINY = tl.constexpr(2.0**-120)
 
@@ -112,18 +113,19 @@ def through_softcap(ds, qk, logits, scale):
     """Gradient of scale * qk from the gradient of the capped logit; where that is 0, so is this, even if qk is NaN."""
     if logits.softcap is not None:
         t = tanh(qk * (scale / logits.softcap))
-        ds = tl.where(ds == 0.0, 0.0, ds * (1.0 - t * t))
+        t = tl.where(t < 1.0, t, 1.0) if INTERPRETED else tl.minimum(t, 1.0)  # 1 instead of NaN
+        ds *= 1.0 - t * t
     return ds
 
 
 @triton.jit
-def scale_sums(sums, p, ds, qk, logits, scale, b, h, rows, M, KEYS: tl.constexpr):
+def scale_sums(sums, p, ds, qk, logits, scale, b, h, rows, M, KEYS: tl.constexpr, EXACT: tl.constexpr):
     """Sums over the keys for the gradient of scale: of ds * x, of ds and of p * x, x the slope of the logit.
 
     ds adds up to dlse, but for the error that a 16-bit o puts into delta: ds * x is off by that error times p * x.
     """
     x = through_softcap(logit_grad(qk, logits, b, h, rows, M), qk, logits, scale)
-    return sums[0] + weighed(ds, x, KEYS), sums[1] + tl.sum(ds, KEYS), sums[2] + weighed(p, x, KEYS)
+    return sums[0] + weighed(ds, x, KEYS, EXACT), sums[1] + tl.sum(ds, KEYS), sums[2] + weighed(p, x, KEYS, EXACT)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from crossattn_kernels.kernels.scores import (
     store_scale_sums,
     through_softcap,
 )
-from crossattn_kernels.kernels.softmax import across, indices, load_row, softmax_grad, weighed
+from crossattn_kernels.kernels.softmax import across, indices, load_row, softmax_grad
 from crossattn_kernels.kernels.tiles import (
     dot,
     dot_in_pairs,
@@ -56,11 +56,11 @@ def short_queries_kernel(q, k, v, do, dk, dv, sums, known, logits, drop, splits,
         vdy = dot_in_pairs(v_tile, do_tile.T, C.TF32)
         s = scores(kq, logits, scale, b, heads, rows[None, :], keys[:, None], M, N, C)
         drawn = indices(first, drop, C.BLOCK_N)[:, None]
-        p, pv, ds = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], drawn, 0, C.HIDES, C)
+        p, pv, ds, gated = softmax_grad(s, vdy, row, drop, b, heads, rows[None, :], drawn, 0, C.HIDES, C)
         if sums.gate is not None:
-            gate_sum += weighed(pv, vdy, 0)
+            gate_sum += gated
         if sums.scale is not None:
-            scale_sum = scale_sums(scale_sum, p, ds, kq, logits, scale, b, heads, rows[None, :], M, 0)
+            scale_sum = scale_sums(scale_sum, p, ds, kq, logits, scale, b, heads, rows[None, :], M, 0, C.HIDES)
         ds = through_softcap(logit_grad(ds, logits, b, heads, rows[None, :], M), kq, logits, scale)
         ds = (ds * scale).to(k_tile.dtype)
         store_rows(dv, b, hk, keys, e, N, C.DV, dot((pv * row.gate).to(do_tile.dtype), do_tile, None, C.TF32))

@@ -118,20 +118,20 @@ def across(row):
 @triton.jit
 def softmax_grad(s, dyv, row, drop, b, h, rows, keys,
                  KEYS: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """(p, pv, ds) of a tile from its logits and dy vᵀ; pv is p as it multiplied v, after dropout.
+    """(p, pv, ds, gated) of a tile from its logits and dy vᵀ; pv is p as it multiplied v, after dropout.
 
-    KEYS is the axis of the keys.  A tile that holds ALONE all keys gives rowsum(o * do) = rowsum(p * dp) afresh, which
-    equals dp where a row sees one key; delta is then -dlse alone.
+    KEYS is the axis of the keys; gated is rowsum(pv * dy vᵀ) along it.  Of a tile that holds ALONE all keys this is
+    rowsum(o * dy), so that it gives delta, which equals dp where a row sees one key; row.delta is then -dlse.
     EXACT: hidden entries are 0 even if dy vᵀ, or what a row knows, is not finite.
     """
     hidden = s == float("-inf") if EXACT else None
-    dp = unless(hidden, kept(dyv * row.gate, drop, b, h, rows, keys))
     p = unless(hidden, tl.exp2((s - row.pivot) * C.BASE) * row.inverse)
-    delta = row.delta
+    pv, dp = kept(p, drop, b, h, rows, keys), unless(hidden, kept(dyv * row.gate, drop, b, h, rows, keys))
+    gated, delta = weighed(pv, dyv, KEYS, EXACT), row.delta
     if C.ALONE:
-        delta += row.several * tl.sum(p * dp, KEYS, keep_dims=True)
+        delta += row.several * row.gate * tl.expand_dims(gated, KEYS)
         dp *= row.several
-    return p, kept(p, drop, b, h, rows, keys), unless(hidden, p * (dp - delta))
+    return p, pv, unless(hidden, p * (dp - delta)), gated
 
 
 @triton.jit
@@ -175,6 +175,6 @@ def tanh(x):
 
 
 @triton.jit
-def weighed(a, b, AXIS: tl.constexpr):
-    """Sum of a * b along an axis, where an entry of 0 in a counts as 0 whatever b is."""
-    return tl.sum(tl.where(a == 0.0, 0.0, a * b), AXIS)
+def weighed(a, b, AXIS: tl.constexpr, EXACT: tl.constexpr):
+    """Sum of a * b along an axis; EXACT: an entry of 0 in a counts as 0 even if b is not finite."""
+    return tl.sum(tl.where(a == 0.0, 0.0, a * b) if EXACT else a * b, AXIS)
