@@ -90,6 +90,13 @@ def test_large_and_negative_logits(backend):
     torch.testing.assert_close(lse, torch.full_like(lse, -60 * 16 + math.log(SMALL.N)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [0.5, 50.0, 1e4])
+def test_softcaps_of_any_size(softcap, dtype):
+    """From one that caps all logits to one that should change none."""
+    assert_within_budget(check(replace(SMALL, softcap=softcap, dtype=dtype, scale=1.0), "triton"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bias_may_be_large(backend, dtype):

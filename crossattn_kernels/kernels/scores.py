@@ -61,7 +61,7 @@ def scores(qk, logits, scale, b, h, rows, keys, M, N, C: tl.constexpr,
     LATER: without a bias the last factor is left to `softmax_step`, which then multiplies and subtracts at once.
     EXACT: a hidden entry is -inf even if its product is NaN.
     """
-    s = qk if logits.softcap is None else tanh(qk * (scale / logits.softcap))
+    s = qk if logits.softcap is None else tanh(qk * (scale / logits.softcap), logits.FINE)
     if not (LATER and logits.bias is None):
         s *= unit(logits, scale)
     return s if WHOLE else hide(s, logits, b, h, rows, keys, M, N, EXACT, C)
@@ -112,7 +112,7 @@ def logit_grad(ds, logits, b, h, rows, M):
 def through_softcap(ds, qk, logits, scale):
     """Gradient of scale * qk from the gradient of the capped logit; where that is 0, so is this, even if qk is NaN."""
     if logits.softcap is not None:
-        t = tanh(qk * (scale / logits.softcap))
+        t = tanh(qk * (scale / logits.softcap), logits.FINE)
         t = tl.where(t < 1.0, t, 1.0) if INTERPRETED else tl.minimum(t, 1.0)  # 1 instead of NaN
         ds *= 1.0 - t * t
     return ds

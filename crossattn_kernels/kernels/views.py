@@ -21,6 +21,8 @@ def constant(n: Any) -> Any:
     return n if INTERPRETED.value else tl.constexpr(n)
 
 
+MODERATE = 64.0  # a softcap whose tanh may be off by 2^-22 in 16 bits: the logit then is by 2^-16
+
 # Triton 3.6 forgets the constants in a tuple that comes after a None, unless a constant comes last
 LAST = constant(1)
 
@@ -61,6 +63,7 @@ class Logits(NamedTuple):
     bias: View | None  # (B, Hq, M, N)
     mask: MaskView
     POSITIVE: Any = constant(0)  # constant, 1 if scale is above 0 and no other multiplies it
+    FINE: Any = constant(1)  # constant, 0 if an error of 2^-22 in the tanh of the softcap does not show
 
 
 class Dropout(NamedTuple):
@@ -122,7 +125,8 @@ def logits_view(x: Inputs, options: Options, filled: Tensor | None, bounds: Tens
     )
     scale = 1.0 if x.scale is not None else options.scale
     positive = constant(int(x.scale is None and scale > 0))
-    return Logits(scale, view(x.scale, B, Hq), options.softcap or None, view(x.bias, B, Hq, M, N), mask, positive)
+    fine = constant(int(x.q.element_size() > 2 or options.softcap > MODERATE))
+    return Logits(scale, view(x.scale, B, Hq), options.softcap or None, view(x.bias, B, Hq, M, N), mask, positive, fine)
 
 
 def row_gate_view(x: Inputs) -> View | None:
