@@ -125,13 +125,14 @@ def softmax_grad(s, dyv, row, drop, b, h, rows, keys,
     EXACT: hidden entries are 0 even if dy vᵀ, or what a row knows, is not finite.
     """
     hidden = s == float("-inf") if EXACT else None
+    dp = unless(hidden, kept(dyv, drop, b, h, rows, keys))
     p = unless(hidden, tl.exp2((s - row.pivot) * C.BASE) * row.inverse)
-    pv, dp = kept(p, drop, b, h, rows, keys), unless(hidden, kept(dyv * row.gate, drop, b, h, rows, keys))
-    gated, delta = weighed(pv, dyv, KEYS, EXACT), row.delta
+    gated, delta = tl.sum(p * dp, KEYS), row.delta
+    dp *= row.gate
     if C.ALONE:
         delta += row.several * row.gate * tl.expand_dims(gated, KEYS)
         dp *= row.several
-    return p, pv, unless(hidden, p * (dp - delta)), gated
+    return p, kept(p, drop, b, h, rows, keys), unless(hidden, p * (dp - delta)), gated
 
 
 @triton.jit
