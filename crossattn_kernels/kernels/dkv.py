@@ -58,7 +58,7 @@ def dkv_kernel(q, k, v, do, dk, dv, sums, known, ranges, logits, drop, batches, 
         if not (SUMS | C.SIFTS):
             first, last = whole_queries(ranges, shared, hk, pairs, tl.minimum(keys, N - 1), lo, hi, C)
         # hidden values that are not finite would show in dk, if not dv, or in dq: then in its tiles.  More does not fit
-        FITS: tl.constexpr = C.HIDES & (C.BLOCK_D <= 64) & (dk is not None) & (sums.dq is not None)
+        FITS: tl.constexpr = C.HIDES & (C.BLOCK_D <= 64) & (C.BLOCK_M > 16) & (dk is not None) & (sums.dq is not None)
         TRIES: tl.constexpr = FITS | (C.SIFTS & (not SUMS) & ((drop is None) | (C.BLOCK_D <= 128)))
         clean = sound(tiles) if TRIES & (sums.dq is not None) else tl.full([], 1, tl.int1)
         span, gap = (lo, hi), (first, last)
