@@ -213,8 +213,9 @@ def test_a_finite_bias_is_no_mask(backend, N):
 @pytest.mark.parametrize("backend", ["torch", "two-pass", "short keys", "short queries"])
 def test_a_bias_that_hides_beside_one_that_as_good_as_hides(backend):
     """Rows of -inf, of finfo.min, of both, and of both beside what is seen: only -inf leaves no probability."""
-    call = draw(replace(SMALL, M=31, N=30))
-    bias = torch.where(torch.arange(30) % 3 == 0, -math.inf, torch.finfo(torch.float32).min).repeat(31, 1)
+    M = 15 if backend == "short queries" else 31
+    call = draw(replace(SMALL, M=M, N=30))
+    bias = torch.where(torch.arange(30) % 3 == 0, -math.inf, torch.finfo(torch.float32).min).repeat(M, 1)
     bias[0:4], bias[4:8], bias[12:, 7:] = -math.inf, torch.finfo(torch.float32).min, 0.0
     call = call._replace(options={"bias": bias}, dlse=torch.zeros_like(call.dlse))
     oracle, yardstick = (run(call, "reference", dtype) for dtype in (torch.float64, None))
@@ -263,7 +264,9 @@ def test_what_nobody_sees_reaches_no_gradient(wanted, bad, value):
     An infinity does not show in every sum: q and k are positive, so that products are -inf where k is.
     """
     wanted, _, schedule = wanted.partition(": ")
-    M, N, key, row = 32, 30, 10, torch.arange(32) == 4  # a query past the end, of zeros, would show any infinity
+    # as many as a tile holds: a query past the end, of zeros, would show any infinity
+    M, N, key = 16 if schedule == "short queries" else 32, 30, 10
+    row = torch.arange(M) == 4
     seen = torch.rand(M, N, generator=torch.Generator().manual_seed(0)) > 0.3
     seen[row], seen[:, key] = False, False
     call = draw(replace(SMALL, M=M, N=N))._replace(mask=Mask.groups(seen))
@@ -291,13 +294,18 @@ def test_what_nobody_sees_reaches_no_gradient(wanted, bad, value):
 @pytest.mark.parametrize("schedule", ["two-pass", "short keys", "short queries"])
 def test_a_nan_that_is_seen_reaches_no_key_of_others(schedule):
     """One tile holds all keys: those of another segment, in the rows of which all p are NaN, have gradients."""
-    mask = Mask.packed(torch.tensor([0, 6, 31]), torch.tensor([0, 14, 30]))
-    call = draw(replace(SMALL, M=31, N=30))._replace(mask=mask)
+    M = 15 if schedule == "short queries" else 31
+    call = draw(replace(SMALL, M=M, N=30))._replace(
+        mask=Mask.packed(torch.tensor([0, 6, M]), torch.tensor([0, 14, 30]))
+    )
+    k = call.tensors["k"].clone()
+    k[:, :, 3] = math.nan
     with tuning.force(backward_schedule=schedule):
-        clean = run(call, "triton")
-        k = call.tensors["k"].clone()
-        k[:, :, 3] = math.nan
         dirty = run(call._replace(tensors=call.tensors | {"k": k}), "triton")
-    for name, others in dict(dq=slice(6, None), dk=slice(14, None), dv=slice(14, None)).items():
-        assert torch.equal(dirty[name][:, :, others], clean[name][:, :, others]), name
-        assert dirty[name].isnan().any()
+    assert all(dirty[name].isnan().any() for name in ("dq", "dk", "dv"))
+
+    def others(results):
+        return dict(dq=results["dq"][:, :, 6:], dk=results["dk"][:, :, 14:], dv=results["dv"][:, :, 14:])
+
+    clean = (others(run(call, "reference", dtype)) for dtype in (torch.float64, None))
+    assert_within_budget(compare(others(dirty), *clean))

@@ -54,7 +54,7 @@ def launch_and_look(self, kernel, arguments, *tensors, label=""):
     assert not arrived
     ptx = compiled.asm["ptx"]
     if kernel.__name__ == "dkv_kernel":  # PTX's other maximum takes NaN for LOWEST, the interpreter's does not
-        assert ("max.NaN.f32" in ptx) is self.problem.biased
+        assert ("min.NaN.f32" in ptx) is self.problem.biased
     entry = ptx.partition(".entry")[2].partition("{")[0]
     assert entry.count(".param") == len(expected) + 2, entry  # memory that Triton may want comes last
     checked.append(kernel.__name__)
