@@ -53,7 +53,7 @@ def launch_and_look(self, kernel, arguments, *tensors, label=""):
     assert arrived.pop() == (kernel.__name__, programs, 32 * config.num_warps, compiled.metadata.shared, expected)
     assert not arrived
     ptx = compiled.asm["ptx"]
-    if kernel.__name__ == "dkv_kernel":  # PTX's other minimum takes NaN for the highest number, the interpreter's does not
+    if kernel.__name__ == "dkv_kernel":  # PTX's other minimum takes NaN for the highest number
         assert ("min.NaN.f32" in ptx) is self.problem.biased
     entry = ptx.partition(".entry")[2].partition("{")[0]
     assert entry.count(".param") == len(expected) + 2, entry  # memory that Triton may want comes last
