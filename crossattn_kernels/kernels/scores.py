@@ -9,7 +9,6 @@ import triton.language as tl
 
 from crossattn_kernels.kernels.softmax import LOG2E, LOWEST, tanh, weighed
 from crossattn_kernels.kernels.tiles import at, column, load_vec
-from crossattn_kernels.kernels.views import INTERPRETED
 
 TINY = tl.constexpr(2.0**-120)
 
@@ -61,10 +60,17 @@ def scores(qk, logits, scale, b, h, rows, keys, M, N, C: tl.constexpr,
     LATER: without a bias the last factor is left to `softmax_step`, which then multiplies and subtracts at once.
     EXACT: a hidden entry is -inf even if its product is NaN.
     """
-    s = qk if logits.softcap is None else tanh(qk * (scale / logits.softcap), logits.FINE)
+    s = qk if logits.softcap is None else capped(qk, logits, scale)
     if not (LATER and logits.bias is None):
         s *= unit(logits, scale)
     return s if WHOLE else hide(s, logits, b, h, rows, keys, M, N, EXACT, C)
+
+
+@triton.jit
+def capped(qk, logits, scale):
+    """The logit before a bias, over the softcap: between -1 and 1."""
+    x = qk * (scale / logits.softcap)
+    return tanh(x) if logits.FINE else 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
 
 
 @triton.jit
@@ -112,8 +118,8 @@ def logit_grad(ds, logits, b, h, rows, M):
 def through_softcap(ds, qk, logits, scale):
     """Gradient of scale * qk from the gradient of the capped logit; where that is 0, so is this, even if qk is NaN."""
     if logits.softcap is not None:
-        t = tanh(qk * (scale / logits.softcap), logits.FINE)
-        t = tl.where(t < 1.0, t, 1.0) if INTERPRETED else tl.minimum(t, 1.0)  # 1 instead of NaN
+        t = capped(qk, logits, scale)
+        t = tl.where(t < 1.0, t, 1.0)  # 1 instead of NaN, in one instruction
         ds *= 1.0 - t * t
     return ds
 

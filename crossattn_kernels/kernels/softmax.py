@@ -164,10 +164,8 @@ def kept(x, drop, b, h, rows, keys):
 
 
 @triton.jit
-def tanh(x, FINE: tl.constexpr = True):
-    """tanh; FINE: to fp32 rounding, by a polynomial near 0 (Cephes tanhf), where 1 - 2 / (e^2x + 1) cancels."""
-    if not FINE:
-        return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+def tanh(x):
+    """tanh to fp32 rounding: a polynomial near 0 (Cephes tanhf), where 1 - 2 / (e^2x + 1) would cancel."""
     z = x * x
     poly = -5.70498872745e-3 * z + 2.06390887954e-2
     poly = poly * z - 5.37397155531e-2
