@@ -149,6 +149,24 @@ def test_ranges_that_differ_among_those_who_share_keys(shared):
     assert dk.isnan().any(-1).flatten().nonzero().flatten().tolist() == list(range(64, 96))
 
 
+@pytest.mark.parametrize("splits", [1, 5])
+@pytest.mark.parametrize("mask", ["ranges", "padding", "few", "none"])
+def test_few_queries_and_what_is_hidden_from_all_of_them(mask, splits):
+    """Tiles of keys that all queries see, that some see in part, and that none sees, of which gradients are 0."""
+    start = torch.tensor([[70, 21, 40], [0, 16, 5]])[:, None]
+    masks = {
+        "ranges": Mask(start, torch.tensor([250, 300, 208])),
+        "padding": Mask.key_padding((torch.arange(300) % 299 >= 70) & (torch.arange(300) != 200)),
+        "few": Mask.lengths(torch.tensor([3, 1])),
+        "none": Mask.lengths(torch.tensor([0, 300])),
+    }
+    call = draw(replace(PLAIN, B=2, Hq=4, M=3, N=300, D=16))._replace(mask=masks[mask])
+    config = SCHEDULES["short queries"]["short_queries"]._replace(splits=splits)
+    with tuning.force(**SCHEDULES["short queries"] | dict(short_queries=config)):
+        ways = run(call, "triton"), run(call, "reference", torch.float64), run(call, "reference")
+    assert_within_budget(compare(*ways), f"{mask}, {splits}")
+
+
 def test_a_schedule_that_cannot_serve_says_so():
     q, k = torch.zeros(2, 4, 300, 16), torch.zeros(2, 2, 300, 16)
     with tuning.force(backward_schedule="short keys"):

@@ -79,8 +79,7 @@ class Backward:
         self.do = dy if not x.gate_varies else (self.gate * dy).to(dy.dtype)
         self.do = self.do if self.do.stride(3) == 1 else self.do.contiguous()
         self.launch = Launcher.of(self.x, options, (self.do, dlse, o, lse, state, self.filled, *map(bool, wanted)))
-        streams = self.launch.plan.backward_schedule == "short queries"  # all keys, whatever is hidden
-        self.bounds = None if streams else key_bounds(self.launch, self.x)
+        self.bounds = key_bounds(self.launch, self.x)
 
     @cached_property
     def gate(self) -> Tensor:

@@ -23,6 +23,7 @@ from crossattn_kernels.kernels.tiles import (
     finite,
     load_lasting,
     load_rows,
+    past,
     program,
     share,
     store_rows,
@@ -116,8 +117,7 @@ def dkv_tiles(found, tiles, operands, logits, ranges, readers, keys, span, gap,
     for j in tl.range(0, outer):
         for i in tl.range(0, turns, num_stages=STAGES):
             b, h = pair(j + i % inner, shared, hk, C)
-            query = span[0] + i // inner * STEP
-            query += tl.where(query < gap[0], 0, gap[1] - gap[0])
+            query = past(span[0] + i // inner * STEP, gap[0], gap[1])
             rows = (query + tl.arange(0, STEP))[None, :]
             if WHOLE or among_pairs(ranges, b, h, query, keys, C):
                 if WHOLE or touches(logits.mask, b, h, rows, keys[:, None], M, N, sums.dq is None, C):

@@ -23,6 +23,7 @@ from crossattn_kernels.kernels.tiles import (
     finite,
     load_lasting,
     load_rows,
+    past,
     program,
     share,
     store_rows,
@@ -87,7 +88,7 @@ def dq_entries(q_tile, operands, logits, scale, place, rows, STEP: tl.constexpr,
             # the others, on both sides; a pipeline for the last one alone would make ptxas serialise all products
             STAGES: tl.constexpr = 1 if STEP < C.BLOCK_N or not (C.HIDES or ONE_LOOP) else None
             for i in tl.range(lo, hi - (last - first), STEP, num_stages=STAGES):
-                key = i + tl.where(i < first, 0, last - first)
+                key = past(i, first, last)
                 cols = (key + tl.arange(0, STEP))[None, :]
                 if touches(logits.mask, b, h, rows[:, None], cols, M, N, C.SKIPS, C):
                     found = dq_tile(found, tiles, operands, logits, scale, b, h, rows, key, STEP, False, EXACT, C)

@@ -43,6 +43,12 @@ def share(lo, hi, split, splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def past(i, first, last):
+    """The i-th of the indices that are not in [first, last)."""
+    return i + tl.where(i < first, 0, last - first)
+
+
+@triton.jit
 def anew(index, n):
     """The same indices, of n > 0 rows, which look like others: addresses made of these are not kept through a loop."""
     return index + tl.minimum(n, 0)
