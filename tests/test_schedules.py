@@ -149,10 +149,22 @@ def test_ranges_that_differ_among_those_who_share_keys(shared):
     assert dk.isnan().any(-1).flatten().nonzero().flatten().tolist() == list(range(64, 96))
 
 
-@pytest.mark.parametrize("splits", [1, 5])
+PARTS = {  # tiles of which steps are parts, and shares without a key
+    "short queries": dict(
+        forward=Config(16, 64, 4, 1, splits=3),
+        backward_schedule="short queries",
+        short_queries=Config(16, 16, 4, 1, splits=5, packed=True),
+    ),
+    "two-pass": dict(
+        forward=Config(32, 128, 4, 1), backward_schedule="two-pass", dq=Config(64, 64, 4, 1), dkv=Config(16, 64, 4, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("mask", ["ranges", "padding", "few", "none"])
-def test_few_queries_and_what_is_hidden_from_all_of_them(mask, splits):
-    """Tiles of keys that all queries see, that some see in part, and that none sees, of which gradients are 0."""
+def test_tiles_that_all_queries_see_and_that_some_see_in_part(mask, name):
+    """And those that none sees, whose gradients are 0."""
     start = torch.tensor([[70, 21, 40], [0, 16, 5]])[:, None]
     masks = {
         "ranges": Mask(start, torch.tensor([250, 300, 208])),
@@ -161,10 +173,9 @@ def test_few_queries_and_what_is_hidden_from_all_of_them(mask, splits):
         "none": Mask.lengths(torch.tensor([0, 300])),
     }
     call = draw(replace(PLAIN, B=2, Hq=4, M=3, N=300, D=16))._replace(mask=masks[mask])
-    config = SCHEDULES["short queries"]["short_queries"]._replace(splits=splits)
-    with tuning.force(**SCHEDULES["short queries"] | dict(short_queries=config)):
+    with tuning.force(**PARTS[name]):
         ways = run(call, "triton"), run(call, "reference", torch.float64), run(call, "reference")
-    assert_within_budget(compare(*ways), f"{mask}, {splits}")
+    assert_within_budget(compare(*ways), f"{mask}, {name}")
 
 
 def test_a_schedule_that_cannot_serve_says_so():

@@ -48,26 +48,29 @@ def dq_kernel(q, k, v, do, sums, known, logits, drop, batches, splits, Hq, M, N,
     place = shared, entries, batches, split, splits, h
     # beside random numbers two runs do not fit everywhere
     TRIES: tl.constexpr = C.SIFTS & ((drop is None) | ((C.BLOCK_D <= 128) & (logits.softcap is None)))
-    acc = dq_entries(q_tile, operands, logits, scale, place, rows, C.BLOCK_N, C.HIDES and not TRIES, C)
+    narrow: tl.constexpr = C.BLOCK_M < 64 or C.BLOCK_N < 32 or C.BLOCK_D > 128
+    FEW: tl.constexpr = C.BLOCK_N if C.ALONE else (16 if narrow else 32)
+    # at D = 256 a second loop does not fit the registers, and the end of the keys is but one selection an entry
+    ONE_LOOP: tl.constexpr = (C.EDGE_STAGES > 0) & (C.BLOCK_D > 128) & (not C.HIDES)
+    STEP: tl.constexpr = C.BLOCK_N if C.SIFTS or ONE_LOOP else FEW
+    acc = dq_entries(q_tile, operands, logits, scale, place, rows, STEP, C.HIDES and not TRIES, ONE_LOOP, C)
     if TRIES:
         if not all_finite(acc):  # perhaps because of what is hidden
-            narrow: tl.constexpr = C.BLOCK_M < 64 or C.BLOCK_N < 32 or C.BLOCK_D > 128
-            FEW: tl.constexpr = C.BLOCK_N if C.ALONE else (16 if narrow else 32)
-            acc = dq_entries(q_tile, operands, logits, scale, place, anew(rows, M), FEW, True, C)
+            acc = dq_entries(q_tile, operands, logits, scale, place, anew(rows, M), FEW, True, ONE_LOOP, C)
     store_rows(sums.dq, split * entries + shared, h, anew(rows, M), d, M, C.D, acc * scale)
 
 
 @triton.jit
-def dq_entries(q_tile, operands, logits, scale, place, rows, STEP: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr):
+def dq_entries(q_tile, operands, logits, scale, place, rows,
+               STEP: tl.constexpr, EXACT: tl.constexpr, ONE_LOOP: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """dq without its scale, over all entries that share q; the sums for gate and scale of each are stored.
 
+    STEP: keys at a time, of tiles that are not seen whole.
     EXACT: hidden values are looked at, and reach nothing; without, they do if they are not finite.
     """
     k, v, do, sums, known, drop, M, N = operands
     shared, entries, batches, split, splits, h = place
     acc = tl.zeros([C.BLOCK_M, C.BLOCK_D], tl.float32)
-    # at D = 256 a second loop does not fit the registers, and the end of the keys is but one selection an entry
-    ONE_LOOP: tl.constexpr = (C.EDGE_STAGES > 0) & (C.BLOCK_D > 128) & (not C.HIDES)
     for entry in tl.range(0, batches):
         b = shared + entry
         do_tile = load_lasting(do, b, h, rows, tl.arange(0, C.BLOCK_DV), M, C.DV)  # (BLOCK_M, BLOCK_DV)
@@ -83,10 +86,12 @@ def dq_entries(q_tile, operands, logits, scale, place, rows, STEP: tl.constexpr,
             first, last = lo, lo
         elif not C.SIFTS:
             for key in tl.range(first, last, C.BLOCK_N):
-                found = dq_tile(found, tiles, operands, logits, scale, b, h, rows, key, STEP, True, False, C)
+                found = dq_tile(found, tiles, operands, logits, scale, b, h, rows, key, C.BLOCK_N, True, False, C)
         if C.EDGE_STAGES > 0:
+            rows = rows if C.SIFTS or ONE_LOOP else anew(rows, M)
             # the others, on both sides; a pipeline for the last one alone would make ptxas serialise all products
-            STAGES: tl.constexpr = 1 if STEP < C.BLOCK_N or not (C.HIDES or ONE_LOOP) else None
+            AGAIN: tl.constexpr = C.SIFTS and STEP < C.BLOCK_N
+            STAGES: tl.constexpr = 1 if AGAIN or not (C.HIDES or ONE_LOOP) else None
             for i in tl.range(lo, hi - (last - first), STEP, num_stages=STAGES):
                 key = past(i, first, last)
                 cols = (key + tl.arange(0, STEP))[None, :]

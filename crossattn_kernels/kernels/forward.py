@@ -35,6 +35,7 @@ from crossattn_kernels.kernels.tiles import (
     load_rows,
     load_vec,
     packed_program,
+    past,
     program,
     share,
     store_rows,
@@ -74,20 +75,22 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
     if not C.SIFTS:
         if first < last:
             state = whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first, last, M, N, C)
+    # tiles not seen whole are taken few keys at a time, as looking at what is hidden takes registers
+    # (of 16 keys beside 128 queries ptxas would serialise the products)
+    narrow: tl.constexpr = (C.SIFTS and C.BLOCK_M < 64) or C.BLOCK_N < 32 or C.BLOCK_D > 128
+    FEW: tl.constexpr = C.BLOCK_N if C.TMA else (16 if narrow else 32)
+    STEP: tl.constexpr = C.BLOCK_N if C.SIFTS else FEW
     if C.EDGE_STAGES > 0:
-        before = (first - lo) // C.BLOCK_N  # the other tiles lie on both sides
-        for i in tl.range(0, before + tl.cdiv(hi - last, C.BLOCK_N), num_stages=C.EDGE_STAGES):
-            key = tl.where(i < before, lo, last - before * C.BLOCK_N) + i * C.BLOCK_N
-            cols = (key + tl.arange(0, C.BLOCK_N))[None, :]
+        rows = rows if C.SIFTS else anew(rows, M)
+        for i in tl.range(lo, hi - (last - first), STEP, num_stages=C.EDGE_STAGES):  # they lie on both sides
+            key = i if C.SIFTS else past(i, first, last)
+            cols = (key + tl.arange(0, STEP))[None, :]
             if touches(logits.mask, b, column(h), rows[:, None], cols, M, N, C.SKIPS, C):
                 state = any_tile(
-                    state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, C.BLOCK_N, not C.SIFTS, C
+                    state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, STEP, not C.SIFTS, C
                 )
     if C.SIFTS:
         if not all_finite(state.acc):  # perhaps because of what is hidden
-            # few at a time need fewer registers than the first run; as wide products of 16 ptxas would serialise them
-            narrow: tl.constexpr = C.BLOCK_M < 64 or C.BLOCK_N < 32
-            FEW: tl.constexpr = C.BLOCK_N if C.TMA else (16 if narrow else 32)
             state, rows = softmax_init(C.BLOCK_M, C.BLOCK_DV), anew(rows, M)
             for key in tl.range(lo, hi, FEW, num_stages=1):
                 state = any_tile(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, key, M, N, FEW, True, C)
