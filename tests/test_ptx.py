@@ -333,6 +333,7 @@ def test_products_of_every_layout(arch):
 CASES = [
     "two-pass, plain-bfloat16", "two-pass, mask all fields-bfloat16", "two-pass, bias (0, 0, 1, 1)-bfloat16",
     "two-pass, layout last strided-bfloat16", "short keys, mask padding-bfloat16", "short keys, dropout-float16",
+    "two-pass, mask lengths-bfloat16", "short queries, mask lengths-bfloat16",
     "short queries, mask ranges-bfloat16", "split, gate channel-bfloat16", "packed decode, everything-bfloat16",
     "size, plain 72-bfloat16", "size, 3 x 77-float32", "packed decode, everything by channel-float32",
 ]  # fmt: skip
