@@ -75,8 +75,8 @@ def forward_kernel(q, k, v, result, partial, logits, drop, splits, B, Hq, M, N, 
     if not C.SIFTS:
         if first < last:
             state = whole_tiles(state, q_tile, k, v, logits, drop, scale, b, h, hk, rows, first, last, M, N, C)
-    # tiles not seen whole are taken few keys at a time, as looking at what is hidden takes registers
-    # (of 16 keys beside 128 queries ptxas would serialise the products)
+    # tiles not seen whole are taken few keys at a time, as looking at what is hidden takes registers; 32 rather
+    # than 16 where they fit, as ptxas serialised wide products of 16 in the second run
     narrow: tl.constexpr = (C.SIFTS and C.BLOCK_M < 64) or C.BLOCK_N < 32 or C.BLOCK_D > 128
     FEW: tl.constexpr = C.BLOCK_N if C.TMA else (16 if narrow else 32)
     STEP: tl.constexpr = C.BLOCK_N if C.SIFTS else FEW

@@ -119,7 +119,7 @@ class Launcher:
         return triton.cdiv(M * self.problem.group, tile) * B * Hk if config.packed else triton.cdiv(M, tile) * B * Hq
 
     def edge_stages(self, config: Config) -> int:
-        """A second pipeline for a tile or two would make ptxas serialise the products of the first.
+        """A second pipeline for a tile or two takes registers, or makes ptxas serialise the products of the first.
 
         Where threads copy one of k and v, because it is not aligned, Triton 3.7 fences the other's copies too early.
         """
